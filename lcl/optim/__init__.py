@@ -1,0 +1,6 @@
+"""Optimizers: Optax chains and schedules, one file a method. See README.md in this folder."""
+
+from lcl.optim.adamw import AdamW, carry_over, decay_mask
+from lcl.optim.schedules import constant, cosine, infinite
+
+__all__ = ["AdamW", "carry_over", "constant", "cosine", "decay_mask", "infinite"]

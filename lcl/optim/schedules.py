@@ -1,0 +1,192 @@
+"""Learning-rate schedules: plain functions of the step, composed from Optax.
+
+A schedule is a function `step -> learning rate`. An infinite schedule takes no total: a stage can
+always be added behind it. What a stage does with the clock (goes on, or starts again at zero) is
+the stage's business (`lcl.stages.Stage.clock`), not the schedule's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Schedule = Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]
+
+# How the infinite schedule goes from its peak to its constant phase; x in [0, 1] is the progress.
+# The names are what the curves are; the paper's released code calls the linear one "constant".
+_INVERSE_SQRT_TIMESCALE = 10.0
+
+
+def infinite(
+    *,
+    peak: float,
+    constant: float,
+    final: float,
+    warmup_steps: int,
+    cooldown_steps: int,
+    anneal_start: int | None = None,
+    anneal_steps: int | None = None,
+    cooldown: str = "cosine",
+) -> Schedule:
+    r"""The infinite schedule: warm-up, cool-down, constant for as long as one likes, anneal.
+
+        peak      /\
+                 /  \
+        constant      `-----------------.
+                /                        \
+        0, final                           `-----
+              warm-up cool-down constant   anneal
+
+    With N_w = warmup_steps, N_c = N_w + cooldown_steps, N_d = anneal_start, t_a = anneal_steps:
+
+        n <= N_w:        peak * n / N_w
+        N_w < n <= N_c:  constant + (peak - constant) * h((n - N_w) / (N_c - N_w))
+        N_c < n <= N_d:  constant
+        n > N_d:         constant * (final / constant) ** ((n - N_d) / t_a), then `final`
+
+    Args:
+      peak: learning rate at the end of the warm-up.
+      constant: learning rate of the constant phase.
+      final: learning rate at the end of the anneal, N_d + t_a; above zero, since the decay is
+        exponential.
+      warmup_steps: N_w >= 0.
+      cooldown_steps: N_c - N_w >= 0.
+      anneal_start: N_d, or None for never (the default: the schedule has no end).
+      anneal_steps: t_a >= 1; needed with anneal_start.
+      cooldown: "cosine" (the paper's equation), "linear" or "inverse_sqrt" (its variants), the
+        shape h with h(0) = 1 and h(1) = 0.
+
+    Returns:
+      The schedule.
+
+    Raises:
+      ValueError: an impossible knee or rate.
+
+    Source: Beyond Cosine Decay (2503.02844), equation 1. A re-implementation divides by
+    t_a + N_d in the last line; we take t_a, so that the rate at N_d + t_a is exactly `final`.
+
+    >>> rate = infinite(peak=1e-3, constant=5e-4, final=1e-5, warmup_steps=10, cooldown_steps=10)
+    >>> [round(float(rate(n)), 6) for n in (0, 5, 10, 15, 20, 10**6)]
+    [0.0, 0.0005, 0.001, 0.00075, 0.0005, 0.0005]
+    """
+    _check_rates(peak=peak, constant=constant, final=final)
+    _check_counts(warmup_steps=warmup_steps, cooldown_steps=cooldown_steps)
+    settled = warmup_steps + cooldown_steps  # N_c
+    pieces: list[Schedule] = [
+        optax.linear_schedule(0.0, peak, warmup_steps) if warmup_steps else _constant(peak),
+        _cooldown(peak, constant, cooldown_steps, cooldown),
+        _constant(constant),
+    ]
+    knees = [warmup_steps, settled]
+    if anneal_start is not None:
+        if not anneal_steps or anneal_steps < 1:
+            raise ValueError(
+                f"infinite schedule: anneal_start={anneal_start} needs anneal_steps >= 1, "
+                f"got {anneal_steps}"
+            )
+        if anneal_start < settled:
+            raise ValueError(
+                f"infinite schedule: anneal_start={anneal_start} lies before the constant phase; "
+                f"start at step {settled} (warmup_steps + cooldown_steps) or later"
+            )
+        pieces.append(
+            optax.exponential_decay(
+                constant,
+                transition_steps=anneal_steps,
+                decay_rate=final / constant,
+                end_value=final,
+            )
+        )
+        knees.append(anneal_start)
+    return optax.join_schedules(pieces, knees)
+
+
+def cosine(*, peak: float, final: float, warmup_steps: int, total_steps: int) -> Schedule:
+    """Linear warm-up to `peak`, then half a cosine down to `final` at `total_steps`, then `final`.
+
+    The schedule to compare with: it must know its total, so a stage added later starts at `final`.
+
+    Raises:
+      ValueError: rates that are not positive, or a warm-up that does not fit into the total.
+
+    >>> rate = cosine(peak=1.0, final=0.1, warmup_steps=10, total_steps=110)
+    >>> [round(float(rate(n)), 3) for n in (0, 10, 60, 110, 500)]
+    [0.0, 1.0, 0.55, 0.1, 0.1]
+    """
+    _check_rates(peak=peak, final=final)
+    _check_counts(warmup_steps=warmup_steps)
+    if total_steps <= warmup_steps:
+        raise ValueError(
+            f"cosine schedule: total_steps={total_steps} must exceed warmup_steps={warmup_steps}"
+        )
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if warmup_steps else peak,
+        peak_value=peak,
+        warmup_steps=warmup_steps,
+        decay_steps=total_steps,
+        end_value=final,
+    )
+
+
+def constant(*, rate: float, warmup_steps: int = 0) -> Schedule:
+    """Linear warm-up to `rate`, then `rate` for ever: the lower-learning-rate control.
+
+    >>> schedule = constant(rate=2.0, warmup_steps=4)
+    >>> [float(schedule(n)) for n in (0, 1, 4, 100)]
+    [0.0, 0.5, 2.0, 2.0]
+    """
+    _check_rates(rate=rate)
+    _check_counts(warmup_steps=warmup_steps)
+    if not warmup_steps:
+        return _constant(rate)
+    return optax.join_schedules(
+        [optax.linear_schedule(0.0, rate, warmup_steps), _constant(rate)], [warmup_steps]
+    )
+
+
+def _cooldown(peak: float, floor: float, steps: int, shape: str) -> Schedule:
+    """From `peak` at 0 to `floor` at `steps` along one of the three shapes."""
+    shapes: dict[str, Callable[[jax.Array], jax.Array]] = {
+        "cosine": lambda x: 0.5 * (1.0 + jnp.cos(jnp.pi * x)),
+        "linear": lambda x: 1.0 - x,
+        "inverse_sqrt": _inverse_sqrt,
+    }
+    if shape not in shapes:
+        raise ValueError(
+            f"infinite schedule: cooldown={shape!r} is unknown; use one of {', '.join(shapes)}"
+        )
+    height = shapes[shape]
+
+    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
+        progress = jnp.clip(jnp.asarray(step, jnp.float32) / max(steps, 1), 0.0, 1.0)
+        return floor + (peak - floor) * height(progress)
+
+    return schedule
+
+
+def _inverse_sqrt(x: jax.Array) -> jax.Array:
+    """1 at x = 0 and 0 at x = 1, falling like an inverse square root in between."""
+
+    def fall(x: jax.typing.ArrayLike) -> jax.Array:
+        return 1.0 / jnp.sqrt(1.0 + _INVERSE_SQRT_TIMESCALE * jnp.asarray(x)) - 1.0
+
+    return 1.0 - fall(x) / fall(1.0)
+
+
+def _constant(rate: float) -> Schedule:
+    return lambda step: jnp.full(jnp.shape(step), rate, jnp.float32)
+
+
+def _check_rates(**rates: float) -> None:
+    for name, rate in rates.items():
+        if not rate > 0.0 or rate == float("inf"):
+            raise ValueError(f"learning rate {name}={rate} must be a finite number above zero")
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 0 or int(count) != count:
+            raise ValueError(f"{name}={count} must be a whole number of steps, zero or more")

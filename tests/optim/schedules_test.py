@@ -1,0 +1,127 @@
+"""Every knee of every schedule: the step before, the step itself, the step after."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from lcl.optim import constant, cosine, infinite
+
+PEAK, CONST, FINAL = 1e-3, 2e-4, 1e-5
+WARMUP, COOLDOWN, START, ANNEAL = 10, 20, 100, 40
+
+
+def rates(schedule, steps):
+    return np.array([float(schedule(step)) for step in steps])
+
+
+@pytest.fixture(scope="module")
+def schedule():
+    return infinite(
+        peak=PEAK,
+        constant=CONST,
+        final=FINAL,
+        warmup_steps=WARMUP,
+        cooldown_steps=COOLDOWN,
+        anneal_start=START,
+        anneal_steps=ANNEAL,
+    )
+
+
+def closed_form(n: int) -> float:
+    settled = WARMUP + COOLDOWN
+    if n <= WARMUP:
+        return PEAK * n / WARMUP
+    if n <= settled:
+        return CONST + (PEAK - CONST) / 2 * (1 + math.cos(math.pi * (n - WARMUP) / COOLDOWN))
+    if n <= START:
+        return CONST
+    return CONST * (FINAL / CONST) ** (min(n - START, ANNEAL) / ANNEAL)
+
+
+@pytest.mark.parametrize("knee", [0, WARMUP, WARMUP + COOLDOWN, START, START + ANNEAL])
+def test_infinite_around_every_knee(schedule, knee):
+    steps = [n for n in (knee - 1, knee, knee + 1) if n >= 0]
+    np.testing.assert_allclose(rates(schedule, steps), [closed_form(n) for n in steps], rtol=1e-5)
+
+
+def test_infinite_reaches_final_and_stays(schedule):
+    """2503.02844's re-implementation divides by t_a + N_d and never gets there."""
+    np.testing.assert_allclose(rates(schedule, [START + ANNEAL, 10**6]), FINAL, rtol=1e-5)
+
+
+def test_infinite_without_anneal_has_no_end():
+    schedule = infinite(
+        peak=PEAK, constant=CONST, final=FINAL, warmup_steps=WARMUP, cooldown_steps=COOLDOWN
+    )
+    np.testing.assert_allclose(rates(schedule, [30, 31, 10**7]), CONST, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", ["cosine", "linear", "inverse_sqrt"])
+def test_cooldown_shapes_fall_from_peak_to_constant(shape):
+    schedule = infinite(
+        peak=PEAK, constant=CONST, final=FINAL, warmup_steps=0, cooldown_steps=50, cooldown=shape
+    )
+    curve = rates(schedule, range(0, 51))
+    assert curve[0] == pytest.approx(PEAK, rel=1e-5)
+    assert curve[-1] == pytest.approx(CONST, rel=1e-5)
+    assert np.all(np.diff(curve) < 0)
+    middle = {
+        "cosine": (PEAK + CONST) / 2,
+        "linear": (PEAK + CONST) / 2,
+        "inverse_sqrt": PEAK
+        + (CONST - PEAK) * (1 / math.sqrt(6) - 1) / (1 / math.sqrt(11) - 1),  # x = 1/2, s = 10
+    }[shape]
+    assert curve[25] == pytest.approx(middle, rel=1e-5)
+
+
+def test_cosine_and_constant_knees():
+    schedule = cosine(peak=PEAK, final=FINAL, warmup_steps=10, total_steps=110)
+    middle = (PEAK + FINAL) / 2
+    np.testing.assert_allclose(
+        rates(schedule, [0, 5, 10, 60, 110, 111]),
+        [0, PEAK / 2, PEAK, middle, FINAL, FINAL],
+        rtol=1e-4,
+        atol=1e-12,
+    )
+    np.testing.assert_allclose(rates(constant(rate=0.3, warmup_steps=3), [0, 3, 99]), [0, 0.3, 0.3])
+
+
+@pytest.mark.parametrize(
+    "build, names",
+    [
+        (lambda: infinite(peak=0, constant=1, final=1, warmup_steps=0, cooldown_steps=0), "peak=0"),
+        (
+            lambda: infinite(
+                peak=1, constant=1, final=1, warmup_steps=5, cooldown_steps=5, anneal_start=9
+            ),
+            "anneal_steps",
+        ),
+        (
+            lambda: infinite(
+                peak=1,
+                constant=1,
+                final=1,
+                warmup_steps=5,
+                cooldown_steps=5,
+                anneal_start=9,
+                anneal_steps=3,
+            ),
+            "step 10",
+        ),
+        (
+            lambda: infinite(
+                peak=1, constant=1, final=1, warmup_steps=0, cooldown_steps=0, cooldown="cubic"
+            ),
+            "'cubic'",
+        ),
+        (lambda: infinite(peak=1, constant=1, final=1, warmup_steps=-1, cooldown_steps=0), "-1"),
+        (lambda: cosine(peak=1, final=0.1, warmup_steps=10, total_steps=10), "total_steps=10"),
+    ],
+)
+def test_bad_schedules_are_refused_in_one_line(build, names):
+    with pytest.raises(ValueError, match=names) as error:
+        build()
+    assert "\n" not in str(error.value)

@@ -7,19 +7,58 @@ the stage's business (`lcl.stages.Stage.clock`), not the schedule's.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 
-Schedule = Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]
+Curve = Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]
+
+
+class Schedule:
+    """A curve, step -> learning rate, that prints as the call that made it.
+
+    The run card holds this text, so that two runs with different rates can be told apart.
+
+    >>> constant(rate=0.5)
+    constant(rate=0.5, warmup_steps=0)
+    """
+
+    def __init__(self, curve: Curve, text: str) -> None:
+        """Wraps `curve`; `text` is what `repr` gives."""
+        self._curve = curve
+        self._text = text
+
+    def __call__(self, step: jax.typing.ArrayLike) -> jax.Array:
+        """The learning rate at `step` (an int or an integer array): float32 of the same shape."""
+        return jnp.asarray(self._curve(step), jnp.float32)
+
+    def __repr__(self) -> str:
+        return self._text
+
+
+def _schedule(build: Callable[..., Curve]) -> Callable[..., Schedule]:
+    """Lets `build` return a `Schedule` that remembers its settings, defaults included."""
+
+    @functools.wraps(build)
+    def wrapped(**settings: float | int | str | None) -> Schedule:
+        bound = inspect.signature(build).bind(**settings)
+        bound.apply_defaults()
+        text = ", ".join(f"{name}={value!r}" for name, value in bound.arguments.items())
+        return Schedule(build(**settings), f"{build.__name__}({text})")
+
+    return wrapped
+
 
 # How the infinite schedule goes from its peak to its constant phase; x in [0, 1] is the progress.
 # The names are what the curves are; the paper's released code calls the linear one "constant".
 _INVERSE_SQRT_TIMESCALE = 10.0
 
 
+@_schedule
 def infinite(
     *,
     peak: float,
@@ -30,7 +69,7 @@ def infinite(
     anneal_start: int | None = None,
     anneal_steps: int | None = None,
     cooldown: str = "cosine",
-) -> Schedule:
+) -> Curve:
     r"""The infinite schedule: warm-up, cool-down, constant for as long as one likes, anneal.
 
         peak      /\
@@ -75,7 +114,7 @@ def infinite(
     _check_rates(peak=peak, constant=constant, final=final)
     _check_counts(warmup_steps=warmup_steps, cooldown_steps=cooldown_steps)
     settled = warmup_steps + cooldown_steps  # N_c
-    pieces: list[Schedule] = [
+    pieces: list[Curve] = [
         optax.linear_schedule(0.0, peak, warmup_steps) if warmup_steps else _constant(peak),
         _cooldown(peak, constant, cooldown_steps, cooldown),
         _constant(constant),
@@ -104,7 +143,8 @@ def infinite(
     return optax.join_schedules(pieces, knees)
 
 
-def cosine(*, peak: float, final: float, warmup_steps: int, total_steps: int) -> Schedule:
+@_schedule
+def cosine(*, peak: float, final: float, warmup_steps: int, total_steps: int) -> Curve:
     """Linear warm-up to `peak`, then half a cosine down to `final` at `total_steps`, then `final`.
 
     The schedule to compare with: it must know its total, so a stage added later starts at `final`.
@@ -131,7 +171,8 @@ def cosine(*, peak: float, final: float, warmup_steps: int, total_steps: int) ->
     )
 
 
-def constant(*, rate: float, warmup_steps: int = 0) -> Schedule:
+@_schedule
+def constant(*, rate: float, warmup_steps: int = 0) -> Curve:
     """Linear warm-up to `rate`, then `rate` for ever: the lower-learning-rate control.
 
     >>> schedule = constant(rate=2.0, warmup_steps=4)
@@ -147,7 +188,7 @@ def constant(*, rate: float, warmup_steps: int = 0) -> Schedule:
     )
 
 
-def _cooldown(peak: float, floor: float, steps: int, shape: str) -> Schedule:
+def _cooldown(peak: float, floor: float, steps: int, shape: str) -> Curve:
     """From `peak` at 0 to `floor` at `steps` along one of the three shapes."""
     shapes: dict[str, Callable[[jax.Array], jax.Array]] = {
         "cosine": lambda x: 0.5 * (1.0 + jnp.cos(jnp.pi * x)),
@@ -176,7 +217,7 @@ def _inverse_sqrt(x: jax.Array) -> jax.Array:
     return 1.0 - fall(x) / fall(1.0)
 
 
-def _constant(rate: float) -> Schedule:
+def _constant(rate: float) -> Curve:
     return lambda step: jnp.full(jnp.shape(step), rate, jnp.float32)
 
 

@@ -1,0 +1,144 @@
+"""The metrics of a run's steps on their way from the device to the disk.
+
+The loop hands over device arrays and goes on; every few steps they are fetched in one transfer,
+checked, and written, one line a step. What is written is a function of (config, seed, step) alone;
+whatever the clock decides goes into timings.jsonl.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lcl.policies import check_finite
+from lcl.report.progress import Progress
+from lcl.report.writers import MetricsWriter
+from lcl.stages import Span
+
+# Steps that may be in flight on the device: enough to hide the host's work, and few enough that
+# a SIGTERM, which waits for them, is answered at once.
+RUN_AHEAD = 2
+
+
+class Recorder:
+    """Collects the metrics of steps and writes them down.
+
+    Args:
+      writer: the run's log.
+      bar: the run's progress line.
+      domains: names of the sources; source d is a new token of domains[d], D + d a replayed one.
+      describe_rows: step -> a text that names the rows of that step, for errors.
+      tokens: trained tokens so far (a resumed run hands over its checkpoint's count).
+      flops_per_token: training FLOPs per token by stage index, for the MFU.
+      peak_flops: FLOP/s of all devices together, or None where it is not known.
+    """
+
+    def __init__(
+        self,
+        writer: MetricsWriter,
+        bar: Progress,
+        *,
+        domains: Sequence[str],
+        describe_rows: Callable[[int], str],
+        tokens: int = 0,
+        flops_per_token: Mapping[int, float] | None = None,
+        peak_flops: float | None = None,
+    ) -> None:
+        self.tokens = tokens
+        self._writer = writer
+        self._bar = bar
+        self._domains = tuple(domains)
+        self._describe_rows = describe_rows
+        self._flops_per_token = flops_per_token or {}
+        self._peak_flops = peak_flops
+        self._pending: list[tuple[int, Span, Mapping[str, jax.Array] | None]] = []
+        self._clock = time.monotonic()
+        self._excluded = 0.0
+
+    def add(self, step: int, span: Span, metrics: Mapping[str, jax.Array] | None) -> None:
+        """Takes one step's metrics (still on the device); None for a step that was left out."""
+        self._pending.append((step, span, metrics))
+        if len(self._pending) > RUN_AHEAD:
+            behind = self._pending[-1 - RUN_AHEAD][2]
+            if behind is not None:
+                behind["loss"].block_until_ready()
+
+    def exclude(self, seconds: float) -> None:
+        """Takes time that was no training (an evaluation, a compilation) out of the speed."""
+        self._excluded += seconds
+
+    def drain(self) -> None:
+        """Fetches, checks and writes all that is pending.
+
+        Raises:
+          NonFiniteError: a step's loss or gradient norm is NaN or infinite. The steps before it
+            have been written.
+        """
+        if not self._pending:
+            return
+        host = jax.device_get([metrics for _, _, metrics in self._pending])
+        trained = 0
+        for (step, span, _), metrics in zip(self._pending, host, strict=True):
+            if metrics is None:
+                self._writer.metrics(
+                    {"step": step, "stage": span.stage.name, "left_out": True, "tokens": self.tokens}
+                )
+                continue
+            check_finite(
+                step,
+                float(metrics["loss"]),
+                float(metrics["grad_norm"]),
+                lambda step=step: self._describe_rows(step),
+            )
+            trained += round(float(metrics["weight"]))
+            self.tokens += round(float(metrics["weight"]))
+            self._writer.metrics(self._line(step, span, metrics))
+        self._time(trained, host[-1])
+        self._pending.clear()
+
+    def _line(self, step: int, span: Span, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """One step's line: the whole loss, then the loss of each domain the step saw."""
+        line: dict[str, Any] = {
+            "step": step,
+            "stage": span.stage.name,
+            "loss": metrics["loss"],
+            "grad_norm": metrics["grad_norm"],
+            "learning_rate": metrics["learning_rate"],
+            "tokens": self.tokens,
+        }
+        nll, weight = metrics["nll_sum_by_source"], metrics["weight_by_source"]
+        count = len(self._domains)
+        for kind, offset in (("loss", 0), ("replay_loss", count)):
+            for index, domain in enumerate(self._domains, start=offset):
+                if weight[index] > 0:
+                    line[f"{kind}/{domain}"] = np.float32(nll[index] / weight[index])
+        return line
+
+    def _time(self, trained: int, newest: Mapping[str, Any] | None) -> None:
+        """Speed since the last call, without what was excluded."""
+        now = time.monotonic()
+        seconds = max(now - self._clock - self._excluded, 1e-9)
+        self._clock, self._excluded = now, 0.0
+        step, span, _ = self._pending[-1]
+        speed = trained / seconds
+        flops = self._flops_per_token.get(span.index)
+        mfu = speed * flops / self._peak_flops if flops and self._peak_flops else None
+        timing = {"step": step, "tokens_per_second": round(speed, 1)}
+        timing["seconds_per_step"] = round(seconds / len(self._pending), 6)
+        if mfu is not None:
+            timing["mfu"] = round(mfu, 4)
+        self._writer.timings(timing)
+        self._bar.update(
+            step + 1,
+            stage=span.stage.name,
+            stage_step=step + 1 - span.first_step,
+            stage_steps=span.end_step - span.first_step,
+            loss=None if newest is None else float(newest["loss"]),
+            learning_rate=None if newest is None else float(newest["learning_rate"]),
+            tokens_per_second=speed,
+            mfu=mfu,
+        )

@@ -1,0 +1,154 @@
+"""A continual run as a list of stages: what each reads, and what it keeps, resets and changes.
+
+Four words that are often one word, and four different things here:
+
+    resume      the same run goes on: everything is restored, bit for bit
+    new stage   the run's next stage: the weights stay, and of the rest what its policy says
+    warm start  another run's weights and nothing else
+    branch      a side run from some step; the run itself goes on as if it had not been
+
+What happens at a border, in this order (`lcl.train` holds to it, so that a run killed anywhere
+goes on exactly):
+
+    ... last step | on_exit | evaluate | save | on_enter, moments, clock | first step ...
+                             a checkpoint at a border holds the state *between* two stages
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import optax
+
+from lcl.data import StageData
+from lcl.models.rope import Rope
+from lcl.optim import carry_over
+
+Transform = Callable[[Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of a continual run.
+
+    Attributes:
+      name: shown in every report; unique in a run.
+      data: what it reads: mixture, order, layout, batch size, replay (`lcl.data.StageData`).
+      steps: its length in steps; or
+      tokens: its length in *new* tokens (replayed ones come on top), rounded up to whole steps.
+      moments: "keep" or "reset" the optimizer's moments when the stage starts.
+      clock: "continue" or "restart" the learning-rate schedule when the stage starts.
+      rope: rotary embedding from this stage on within it; None = the model's own. A longer context
+        usually wants one (`lcl.models.rope`).
+      on_enter, on_exit: pure functions of the parameters, applied at the stage's two ends (expand,
+        merge, estimate); None = the identity.
+
+    >>> from lcl.data import Mixture
+    >>> data = StageData(Mixture({"en": 1.0}), sequence_length=256, batch_size=8)
+    >>> Stage(name="english", data=data, tokens=10_000).num_steps
+    5
+    """
+
+    name: str
+    data: StageData
+    steps: int | None = None
+    tokens: int | None = None
+    moments: str = "keep"
+    clock: str = "continue"
+    rope: Rope | None = None
+    on_enter: Transform | None = None
+    on_exit: Transform | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses a stage without a length or with an unknown policy."""
+        if not self.name:
+            raise ValueError("a stage has no name; set Stage.name")
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError(
+                f"stage {self.name!r} needs either steps or tokens, "
+                f"got steps={self.steps} and tokens={self.tokens}"
+            )
+        length = self.steps if self.steps is not None else self.tokens
+        if not isinstance(length, int) or length < 1:
+            raise ValueError(f"stage {self.name!r} must be at least one step long, got {length!r}")
+        for field, allowed in (("moments", ("keep", "reset")), ("clock", ("continue", "restart"))):
+            if getattr(self, field) not in allowed:
+                raise ValueError(
+                    f"stage {self.name!r}: {field}={getattr(self, field)!r} is unknown; "
+                    f"use {allowed[0]!r} or {allowed[1]!r}"
+                )
+
+    @property
+    def num_steps(self) -> int:
+        """Its length in steps."""
+        if self.steps is not None:
+            return self.steps
+        assert self.tokens is not None
+        return -(-self.tokens // (self.data.batch_size * self.data.sequence_length))
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """A stage's place on the run's clock: the steps first_step <= t < end_step."""
+
+    index: int
+    stage: Stage
+    first_step: int
+    end_step: int
+
+
+def timeline(stages: Sequence[Stage]) -> tuple[Span, ...]:
+    """Places the stages one behind the other.
+
+    Raises:
+      ValueError: no stage at all, or two of one name.
+
+    >>> from lcl.data import Mixture
+    >>> data = StageData(Mixture({"en": 1.0}), sequence_length=256, batch_size=8)
+    >>> spans = timeline([Stage("a", data, steps=3), Stage("b", data, steps=4)])
+    >>> [(span.stage.name, span.first_step, span.end_step) for span in spans]
+    [('a', 0, 3), ('b', 3, 7)]
+    """
+    if not stages:
+        raise ValueError("the run has no stages; bind train.stages = [@first/Stage(), ...]")
+    names = [stage.name for stage in stages]
+    repeated = [name for name in names if names.count(name) > 1]
+    if repeated:
+        raise ValueError(f"two stages are called {repeated[0]!r}; give each a name of its own")
+    spans, first = [], 0
+    for index, stage in enumerate(stages):
+        spans.append(Span(index, stage, first, first + stage.num_steps))
+        first += stage.num_steps
+    return tuple(spans)
+
+
+def enter(
+    stage: Stage, params: Any, opt_state: Any, chain: optax.GradientTransformation
+) -> tuple[Any, Any]:
+    """Parameters and optimizer state with which `stage` starts; pure, and jitted by the loop.
+
+    Args:
+      stage: the stage that is about to begin.
+      params: parameters at the end of the stage before (or the initial ones).
+      opt_state: optimizer state at the end of the stage before.
+      chain: the run's optimizer.
+
+    Returns:
+      (params, opt_state) of the same structure.
+    """
+    if stage.on_enter is not None:
+        params = stage.on_enter(params)
+    opt_state = carry_over(
+        opt_state,
+        chain.init(params),
+        keep_moments=stage.moments == "keep",
+        keep_clock=stage.clock == "continue",
+    )
+    return params, opt_state
+
+
+def changes_state(stage: Stage) -> bool:
+    """Whether entering `stage` changes anything, so that the loop need not compile the identity."""
+    return stage.on_enter is not None or stage.moments == "reset" or stage.clock == "restart"

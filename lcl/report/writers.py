@@ -1,0 +1,354 @@
+"""What a run writes as it goes: metrics.jsonl, evals.jsonl, timings.jsonl, TensorBoard events.
+
+    metrics.jsonl   one line an update:     {"step": 41, "stage": "en", "loss": 2.31, ...}
+    evals.jsonl     one line an evaluation: {"step": 50, "stage_index": 0, "kind": "interval", ...}
+    timings.jsonl   anything that depends on the clock: tokens/s, MFU, seconds of a save, a compile
+    tensorboard/    the same scalars, for the curves
+
+The first two hold nothing but what is a function of (config, seed, step), so that a run that was
+killed and resumed leaves the same bytes as one that was not. `step` in metrics.jsonl is the 0-based
+number of the update; in evals.jsonl it is the number of updates that came before the evaluation.
+
+How exactly-once works. The checkpoint at step t is the only truth; `flush()` (fsync) is called
+before it commits, so that every line of the updates before t is on disk when it does. On resume at
+t
+
+    metrics.jsonl, timings.jsonl   keep lines with step <  t          (t will be trained again)
+    evals.jsonl                    keep lines with step <= t          (t was evaluated, or will be)
+
+    metrics   0 1 2 3 4 | 5 6 7{"st       <- killed; the last line is torn; newest checkpoint: t = 5
+    kept      0 1 2 3 4 |                 <- written to a temporary file, fsynced, renamed
+    written   0 1 2 3 4 | 5 6 7 8 9
+
+An evaluation at t itself may or may not have been written before the kill: `has_eval` tells, and
+writing the same (step, stage, kind) again is a no-op, so it is there exactly once either way.
+
+Floats. A float32 is written as the shortest decimal that reads back to the same float32 (0.1, not
+0.10000000149011612); a Python float as its repr. JSON has no NaN and no infinity: such a value is
+written as null and named in the line's "nonfinite": {"loss": "nan"}, so that the line stays strict
+JSON and the fact is not lost.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FILES = ("metrics", "evals", "timings")
+_NUMERIC = (int, float, np.integer, np.floating)
+_AXES = ("step", "stage", "stage_index", "kind", "nonfinite")
+
+
+class WriterError(ValueError):
+    """The run's log cannot be written (no permission, disk full), in one line with the mend."""
+
+
+class MetricsWriter:
+    """Appends lines to the run's logs, exactly once a step, whatever was killed before.
+
+    Args:
+        run_dir: the run directory, made if missing.
+        resume_step: updates the restored state has seen; lines after it are dropped. 0 or None =
+            a new run: all lines of an earlier try in this directory are dropped.
+        tensorboard: also write TensorBoard events (tensorboardX is imported only then).
+        primary: False on every process but the first: then nothing is written.
+
+    Raises:
+        WriterError: no permission, full disk, or a log whose early lines are not ours.
+
+    >>> import tempfile
+    >>> run_dir = tempfile.mkdtemp()
+    >>> with MetricsWriter(run_dir, 0, tensorboard=False) as writer:
+    ...     for step in range(3):
+    ...         writer.metrics({"step": step, "stage": "en", "loss": np.float32(0.1)})
+    >>> with MetricsWriter(run_dir, 2, tensorboard=False) as writer:  # restored at step 2
+    ...     writer.metrics({"step": 2, "stage": "en", "loss": float("nan")})
+    >>> print((Path(run_dir) / "metrics.jsonl").read_text(), end="")
+    {"step": 0, "stage": "en", "loss": 0.1}
+    {"step": 1, "stage": "en", "loss": 0.1}
+    {"step": 2, "stage": "en", "loss": null, "nonfinite": {"loss": "nan"}}
+    """
+
+    def __init__(
+        self,
+        run_dir: str | os.PathLike[str],
+        resume_step: int | None = None,
+        *,
+        tensorboard: bool = True,
+        primary: bool = True,
+    ) -> None:
+        self.run_dir = Path(run_dir)
+        self.primary = primary
+        self._logs: dict[str, _Log] = {}
+        self._evals_written: set[tuple[int, Any, Any]] = set()
+        self._tensorboard: Any = None
+        self._scalars_written: set[tuple[str, int]] = set()
+        if not primary:
+            return
+        resume = resume_step or 0
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            for name in FILES:
+                last = resume if name == "evals" and resume else resume - 1
+                self._logs[name] = _Log(self.run_dir / f"{name}.jsonl", keep_through=last)
+            if tensorboard:
+                self._tensorboard = _open_tensorboard(self.run_dir / "tensorboard", resume)
+        except OSError as error:
+            raise WriterError(_explain(error, self.run_dir)) from error
+        for line in self._logs["evals"].kept:
+            self._evals_written.add(_eval_key(line))
+            if line["step"] >= resume:
+                self._evals_scalars(line)  # TensorBoard's purge drops steps >= resume.
+        for log in self._logs.values():
+            log.kept.clear()
+
+    def metrics(self, line: Mapping[str, Any]) -> None:
+        """One update: {"step", "stage", "loss", ...}; only what (config, seed, step) decides."""
+        self._append("metrics", line)
+        self._scalars(line, "train")
+
+    def evals(self, line: Mapping[str, Any]) -> bool:
+        """One evaluation: {"step", "stage_index", "stage", "kind", "domains"}; once, see above.
+
+        Returns:
+            False when this (step, stage_index, kind) is already in the file: nothing is written.
+        """
+        if not self.primary:
+            return True
+        key = _eval_key(line)
+        if key in self._evals_written:
+            return False
+        self._append("evals", line)
+        self._evals_written.add(key)
+        self._evals_scalars(line)
+        return True
+
+    def has_eval(self, step: int, stage_index: int, kind: str) -> bool:
+        """Is that evaluation in evals.jsonl already? (False on processes that don't write.)"""
+        return (step, stage_index, kind) in self._evals_written
+
+    def timings(self, line: Mapping[str, Any]) -> None:
+        """Anything the clock decides: {"step", "tokens_per_second", ...} or {"event", ...}."""
+        self._append("timings", line)
+        self._scalars(line, "perf")
+
+    def flush(self) -> None:
+        """Force every line to disk (fsync). Call before a checkpoint commits."""
+        try:
+            for log in self._logs.values():
+                log.fsync()
+            if self._tensorboard is not None:
+                self._tensorboard.flush()
+        except OSError as error:
+            raise WriterError(_explain(error, self.run_dir)) from error
+
+    def close(self) -> None:
+        """Flush and close; safe to call twice."""
+        self.flush()
+        for log in self._logs.values():
+            log.close()
+        self._logs = {}
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = None
+        self.primary = False
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        if not self.primary:
+            return
+        try:
+            self._logs[name].append(encode(line))
+        except OSError as error:
+            raise WriterError(_explain(error, self._logs[name].path)) from error
+
+    def _evals_scalars(self, line: Mapping[str, Any]) -> None:
+        for domain, values in (line.get("domains") or {}).items():
+            for unit in ("nats_per_token", "bits_per_byte"):
+                self._scalar(f"heldout/{domain}/{unit}", values.get(unit), line["step"])
+
+    def _scalars(self, line: Mapping[str, Any], group: str) -> None:
+        if self._tensorboard is None or "step" not in line:
+            return
+        for key, value in line.items():
+            if key not in _AXES and isinstance(value, _NUMERIC) and not isinstance(value, bool):
+                self._scalar(tag(group, key), value, line["step"])
+
+    def _scalar(self, name: str, value: Any, step: int) -> None:
+        if self._tensorboard is None or value is None or (name, step) in self._scalars_written:
+            return
+        if name.startswith("heldout/"):  # A step may be both an interval and a stage's end.
+            self._scalars_written.add((name, step))
+        self._tensorboard.add_scalar(name, float(value), int(step))
+
+
+def tag(group: str, key: str) -> str:
+    """The TensorBoard tag of a line's key.
+
+    >>> tag("train", "loss"), tag("train", "replay_loss/en"), tag("perf", "mfu")
+    ('train/loss', 'train/replay_loss_by_domain/en', 'perf/mfu')
+    """
+    name, slash, domain = key.partition("/")
+    return f"{group}/{name}_by_domain/{domain}" if slash else f"{group}/{key}"
+
+
+def encode(line: Mapping[str, Any]) -> bytes:
+    """A line as strict JSON with a newline: shortest floats, null for what JSON cannot hold.
+
+    >>> encode({"step": 3, "loss": np.float32(2.3)})
+    b'{"step": 3, "loss": 2.3}\\n'
+    """
+    nonfinite: dict[str, str] = {}
+    plain = {key: _plain(value, key, nonfinite) for key, value in line.items()}
+    if nonfinite:
+        plain["nonfinite"] = nonfinite
+    return (json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _plain(value: Any, path: str, nonfinite: dict[str, str]) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v, f"{path}.{k}", nonfinite) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v, f"{path}.{i}", nonfinite) for i, v in enumerate(value)]
+    if isinstance(value, (str, bool, int)) or value is None:
+        return value
+    if not isinstance(value, (float, np.generic)):
+        value = np.asarray(value)[()]  # A 0-d array, of NumPy or of a device.
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist(), path, nonfinite)
+    if isinstance(value, (np.bool_, np.integer)):
+        return value.item()
+    if not np.isfinite(value):
+        nonfinite[path] = "nan" if np.isnan(value) else ("inf" if value > 0 else "-inf")
+        return None
+    # str() of a NumPy scalar is the shortest decimal that round-trips in its own precision.
+    return float(value) if isinstance(value, float) else float(str(value))
+
+
+def _eval_key(line: Mapping[str, Any]) -> tuple[int, Any, Any]:
+    return (int(line["step"]), line.get("stage_index"), line.get("kind"))
+
+
+class _Log:
+    """One append-only jsonl file; opening it drops what a resumed run will write again."""
+
+    def __init__(self, path: Path, *, keep_through: int) -> None:
+        self.path = path
+        self.kept = _truncate(path, keep_through)
+        # Unbuffered and append-only: a line is in the kernel's hands when append() returns, so a
+        # SIGKILL can only tear the line being written, never lose the ones before it.
+        self._file: Any = open(path, "ab", buffering=0)
+        self._size = os.fstat(self._file.fileno()).st_size
+
+    def append(self, line: bytes) -> None:
+        try:
+            done = 0
+            while done < len(line):
+                done += self._file.write(line[done:])
+        except OSError:
+            # A disk that fills up mid-line: take the torn half back, the file stays whole lines.
+            os.ftruncate(self._file.fileno(), self._size)
+            raise
+        self._size += len(line)
+
+    def fsync(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _truncate(path: Path, keep_through: int) -> list[dict[str, Any]]:
+    """Keeps the lines with step <= keep_through, atomically; returns them.
+
+    A line without a step (an event) is kept on a resume and dropped by a new run. What does not
+    parse is a torn tail; before lines we must keep, it is an error.
+    """
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    kept: list[dict[str, Any]] = []
+    out: list[bytes] = []
+    torn: int | None = None
+    for number, raw in enumerate(data.split(b"\n"), start=1):
+        if not raw:
+            continue
+        line = parse_line(raw)
+        if line is None:
+            torn = torn or number
+            continue
+        step = line.get("step")
+        if step is not None and step > keep_through:
+            continue
+        if step is None and (keep_through < 0 or torn):
+            continue
+        if torn:
+            raise WriterError(
+                f"{path}:{torn} is not a log line, yet lines of earlier steps follow it: "
+                "mend or move the file, or resume from an earlier checkpoint"
+            )
+        kept.append(line)
+        out.append(raw + b"\n")
+    whole = b"".join(out)
+    if whole != data:
+        _replace(path, whole)
+    return kept
+
+
+def parse_line(raw: bytes) -> dict[str, Any] | None:
+    """A log line, or None where it is torn or not one.
+
+    >>> parse_line(b'{"step": 1}'), parse_line(b'{"ste')
+    ({'step': 1}, None)
+    """
+    try:
+        line = json.loads(raw)
+    except ValueError:  # Both a JSONDecodeError and a UnicodeDecodeError.
+        return None
+    if not isinstance(line, dict) or not isinstance(line.get("step", 0), int):
+        return None
+    return line
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Writes data in path's place; after a crash either the old or the new file is there, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _open_tensorboard(logdir: Path, resume_step: int) -> Any:
+    from tensorboardX import SummaryWriter
+
+    had_events = logdir.is_dir() and any(logdir.iterdir())
+    # purge_step makes TensorBoard forget the events at and after it, which are written again.
+    return SummaryWriter(str(logdir), purge_step=resume_step if had_events else None, flush_secs=30)
+
+
+def _explain(error: OSError, path: Path) -> str:
+    reason = error.strerror or str(error)
+    if isinstance(error, PermissionError):
+        mend = "give a --run_dir you may write to"
+    elif isinstance(error, (FileExistsError, NotADirectoryError)):
+        mend = "a file is in the way: give another --run_dir"
+    else:
+        mend = "free some space and start again; the run resumes from its last checkpoint"
+    return f"cannot write the run's log {error.filename or path}: {reason}; {mend}"

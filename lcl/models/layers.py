@@ -1,0 +1,205 @@
+"""The parts of a decoder layer: initialisation, dense projection, RMSNorm, embedding, SwiGLU.
+
+Shapes: B batch, T row length, D model, F mlp, V vocabulary.
+
+Logical axis names of parameters: vocab, embed, heads, kv_heads, head_dim, mlp, norm, layers; of
+activations: batch, sequence, and the parameters' words with `activation_` before them.
+`lcl.parallel.rules` maps all of them to mesh axes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from lcl.models.dense import dense_dot
+
+_CUT = 3.0  # standard deviations
+_DENSITY_AT_CUT = math.exp(-(_CUT**2) / 2) / math.sqrt(2 * math.pi)
+# Cutting a normal's tails lowers its standard deviation; dividing by this restores it.
+_STD_AFTER_CUT = math.sqrt(1 - 2 * _CUT * _DENSITY_AT_CUT / math.erf(_CUT / math.sqrt(2)))
+
+
+def truncated_normal(stddev: float) -> Callable[..., jax.Array]:
+    """Initialiser: a normal cut at three standard deviations, of exactly this deviation.
+
+    Args:
+      stddev: standard deviation after the cut.
+
+    Returns:
+      init(key, shape, dtype) -> array.
+
+    Example:
+      >>> init = truncated_normal(0.5)
+      >>> round(float(init(jax.random.key(0), (100, 100), jnp.float32).std()), 1)
+      0.5
+    """
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+        return jax.random.truncated_normal(key, -_CUT, _CUT, shape, dtype) * (
+            stddev / _STD_AFTER_CUT
+        )
+
+    return init
+
+
+class Dense(nn.Module):
+    """A projection from the last axes of its input to new ones, with an optional bias.
+
+    The kernel is float32 [*in_shape, *out_shape], so that heads stay an axis of their own: they are
+    what tensor parallelism splits.
+
+    Attributes:
+      in_shape: the input's last axes, contracted.
+      out_shape: the output's new last axes.
+      axes: one logical axis name for each axis of the kernel.
+      dtype: what the matmul computes in.
+      out_dtype: of the result.
+      use_bias: whether a bias [*out_shape] is added.
+      init_scale: the kernel's standard deviation is init_scale / sqrt(size of in_shape).
+    """
+
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    dtype: jnp.dtype
+    out_dtype: jnp.dtype
+    use_bias: bool = False
+    init_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., *in_shape] -> [..., *out_shape]."""
+        init = truncated_normal(self.init_scale / math.sqrt(math.prod(self.in_shape)))
+        kernel = self.param(
+            "kernel",
+            nn.with_logical_partitioning(init, self.axes),
+            self.in_shape + self.out_shape,
+            jnp.float32,
+        )
+        y = dense_dot(x, kernel, num_contracting=len(self.in_shape), compute_dtype=self.dtype)
+        if self.use_bias:
+            out_axes = self.axes[len(self.in_shape) :]
+            y += self.param(
+                "bias",
+                nn.with_logical_partitioning(nn.initializers.zeros, out_axes),
+                self.out_shape,
+                jnp.float32,
+            )
+        return y.astype(self.out_dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis (arXiv 1910.07467), in float32.
+
+    Attributes:
+      dim: size of the last axis.
+      axis: its logical axis name.
+      eps: added to the mean square.
+      dtype: of the result.
+    """
+
+    dim: int
+    axis: str
+    eps: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., dim] -> [..., dim]."""
+        scale = self.param(
+            "scale",
+            nn.with_logical_partitioning(nn.initializers.ones, (self.axis,)),
+            (self.dim,),
+            jnp.float32,
+        )
+        x = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        return (x * jax.lax.rsqrt(mean_square + self.eps) * scale).astype(self.dtype)
+
+
+class Embed(nn.Module):
+    """The table of token embeddings, float32 [V, D].
+
+    Attributes:
+      vocab_size: V.
+      embed_dim: D.
+      init_scale: the standard deviation is init_scale / sqrt(D).
+      dtype: of the result.
+    """
+
+    vocab_size: int
+    embed_dim: int
+    init_scale: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """int32 [B, T] -> [B, T, D]; a token outside the vocabulary gives NaN, not another row."""
+        table_VD = self.param(
+            "embedding",
+            nn.with_logical_partitioning(
+                truncated_normal(self.init_scale / math.sqrt(self.embed_dim)), ("vocab", "embed")
+            ),
+            (self.vocab_size, self.embed_dim),
+            jnp.float32,
+        )
+        return jnp.take(table_VD, tokens_BT, axis=0, mode="fill").astype(self.dtype)
+
+
+class GatedMlp(nn.Module):
+    """SwiGLU (arXiv 2002.05202): down(silu(gate(x)) * up(x)).
+
+    Attributes:
+      embed_dim: D.
+      mlp_dim: F.
+      dtype: what the matmuls compute in.
+      out_dtype: of the result.
+      use_bias: biases on all three projections.
+      init_scale: of gate and up.
+      out_init_scale: of down.
+    """
+
+    embed_dim: int
+    mlp_dim: int
+    dtype: jnp.dtype
+    out_dtype: jnp.dtype
+    use_bias: bool
+    init_scale: float
+    out_init_scale: float
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+
+        def widen(name: str, tag: str) -> jax.Array:
+            y_BTF = Dense(
+                in_shape=(self.embed_dim,),
+                out_shape=(self.mlp_dim,),
+                axes=("embed", "mlp"),
+                dtype=self.dtype,
+                out_dtype=self.dtype,
+                use_bias=self.use_bias,
+                init_scale=self.init_scale,
+                name=name,
+            )(x_BTD)
+            y_BTF = nn.with_logical_constraint(y_BTF, ("batch", "sequence", "activation_mlp"))
+            return checkpoint_name(y_BTF, tag)
+
+        gate_BTF, up_BTF = widen("gate", "mlp_gate"), widen("up", "mlp_up")
+        hidden_BTF = jax.nn.silu(gate_BTF.astype(jnp.float32)) * up_BTF.astype(jnp.float32)
+        return Dense(
+            in_shape=(self.mlp_dim,),
+            out_shape=(self.embed_dim,),
+            axes=("mlp", "embed"),
+            dtype=self.dtype,
+            out_dtype=self.out_dtype,
+            use_bias=self.use_bias,
+            init_scale=self.out_init_scale,
+            name="down",
+        )(hidden_BTF.astype(self.dtype))

@@ -1,0 +1,56 @@
+"""Rematerialisation by name: which values of a layer are kept for its backward pass.
+
+The layers tag their values with `checkpoint_name`; a policy is the set of tags it keeps, and all
+else is computed again in the backward pass. Time against memory, per token and layer, with D model,
+Q = N H query, 2 K H key and value, F mlp width:
+
+    policy              keeps (elements a token and layer, beside the layer's input D)   recomputes
+    none                everything                                                      nothing
+    dots                2 Q + 2 K H + D + 2 F: the result of every weight matmul         attention
+    save_qkv_context    2 Q + 2 K H                                                      out, mlp
+    save_qkv            Q + 2 K H                                                        + attention
+    full                nothing                                                         the layer
+
+The tags are MaxText's idea (its `query_proj`, `mlpwi_0`, ...); matmuls are kept by tag and not by
+JAX's `dots_*` policies, because those would also keep the score blocks inside a blocked attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+_QKV = ("query_proj", "key_proj", "value_proj")
+_CONTEXT = ("context",)
+_DOTS = ("out_proj", "mlp_gate", "mlp_up")
+
+# Every tag that a layer puts on a value; a test holds the layers to this list.
+TAGS = _QKV + _CONTEXT + _DOTS
+
+# Policy name -> the tags it keeps; None: no rematerialisation at all.
+REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
+    "none": None,
+    "full": (),
+    "save_qkv": _QKV,
+    "save_qkv_context": _QKV + _CONTEXT,
+    "dots": _QKV + _CONTEXT + _DOTS,
+}
+
+
+def remat_policy(name: str) -> Callable[..., Any] | None:
+    """The `jax.checkpoint` policy of that name, or None for "none".
+
+    Args:
+      name: a key of REMAT_POLICIES.
+
+    Returns:
+      A policy for `jax.checkpoint(..., policy=)`.
+
+    Example:
+      >>> remat_policy("none") is None, callable(remat_policy("dots"))
+      (True, True)
+    """
+    tags = REMAT_POLICIES[name]
+    return None if tags is None else jax.checkpoint_policies.save_only_these_names(*tags)

@@ -10,11 +10,16 @@ from typing import Any
 
 # Public name -> the module it lives in.
 _HOMES = {
+    "Batch": "batch",
     "Data": "store",
+    "Layout": "packing",
     "Store": "store",
     "StoreWriter": "store",
     "Tokenizer": "tokenizers",
+    "eval_batches": "batch",
     "load_tokenizer": "tokenizers",
+    "pack": "packing",
+    "shuffle": "ordering",
 }
 
 __all__ = sorted(_HOMES)

@@ -1,0 +1,262 @@
+"""The batch: what every model, objective and evaluation receives, and how rows become one.
+
+Legend: B rows of a batch, T transitions of a row, S slices of the batch, D domains.
+
+A row of T = 8 with two documents and one cell of padding (bos = 256, eos = 257):
+
+    document 1 stored  [256, 72, 105, 257]      document 2 stored  [256, 79, 107, 33, 257]
+
+    tokens        256  72 105 | 256  79 107  33 |  0     inputs
+    targets        72 105 257 |  79 107  33 257 |  0     the next token of the same document
+    segment_ids     1   1   1 |   2   2   2   2 |  0     which document of the row; 0 is padding
+    positions       0   1   2 |   0   1   2   3 |  0     restart in each document
+    loss_weights    1   1   1 |   1   1   1   1 |  0
+    source_ids      d   d   d |   d   d   d   d |  0     domain d; D + d when the row is replayed
+
+An eos is never an input and a bos is never a target: no transition crosses documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from lcl.data.ordering import named_key, shuffle_with_key
+from lcl.data.packing import Layout, Slices, pack
+
+
+class Batch(NamedTuple):
+    """Rows of token transitions; every array is [B, T].
+
+    Attributes:
+        tokens: int32, the inputs; 0 at padding.
+        targets: int32, the token after each input in its document; 0 at padding.
+        segment_ids: int32, 0 = padding, 1, 2, ... = which document of the row (all 1 without
+          document masking). A piece of a document counts as a document.
+        positions: int32, restart at 0 in each segment.
+        loss_weights: float32, 1 for a transition, 0 for padding.
+        source_ids: int32, the domain index d in [0, D) of each new token, D + d of each replayed
+          one; 0 at padding (whose weight is 0).
+        row_index: int32 or None: the original place of each cell, where something has permuted the
+          row (a balanced context mesh). None: the row is as it was.
+    """
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    segment_ids: np.ndarray
+    positions: np.ndarray
+    loss_weights: np.ndarray
+    source_ids: np.ndarray
+    row_index: np.ndarray | None = None
+
+
+class TokenStore(Protocol):
+    """What this module needs of a `lcl.data.store.Store`."""
+
+    domain: str
+    tokens: np.ndarray  # uint16 or uint32, flat
+    offsets: np.ndarray  # int64[N + 1]
+    lengths: np.ndarray  # int64[N], stored tokens
+
+
+class RowGroup(NamedTuple):
+    """Rows that come from one store.
+
+    tokens, offsets: the store's arrays; rows: int64[b], their places in the batch; slices: what
+    they hold (slices.row counts 0..b-1); source_id: the mark of all their tokens.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    rows: np.ndarray
+    slices: Slices
+    source_id: int
+
+
+def gather_rows(
+    groups: Sequence[RowGroup], num_rows: int, row_length: int, *, document_mask: bool = True
+) -> Batch:
+    """Copy the tokens of a batch's rows out of the stores.
+
+    One fancy index a store for all its rows at once: the cost does not depend on how many documents
+    there are, and no Python runs per token or per document.
+
+        group 0 (store a): rows 0, 2      gathered    a a a | a a a | b b b    one row after another
+        group 1 (store b): row 1          reordered   a a a | b b b | a a a    to their places
+
+    Args:
+        groups: the rows, by store; together their `rows` are 0 .. num_rows - 1, each once. Rows
+          left out are padding.
+        num_rows: B.
+        row_length: T, at least the transitions of any row.
+        document_mask: False marks the whole row as one segment, with positions along the row.
+
+    Returns:
+        A Batch of [num_rows, row_length].
+    """
+    groups = [group for group in groups if len(group.rows)]
+    shape = (num_rows, row_length)
+    if not groups:
+        zeros = np.zeros(shape, np.int32)
+        return Batch(*[zeros.copy() for _ in range(4)], np.zeros(shape, np.float32), zeros.copy())
+    # From here on "row" counts gathered rows: group after group.
+    bases = np.cumsum([0] + [len(group.rows) for group in groups])
+    row_S = np.concatenate([g.slices.row + base for g, base in zip(groups, bases, strict=False)])
+    length_S = np.concatenate([g.slices.length for g in groups]).astype(np.int64)
+    begin_S = np.cumsum(length_S) - length_S
+    total = int(length_S.sum())
+    slices_b = np.bincount(row_S, minlength=bases[-1])
+    first_b = np.cumsum(slices_b) - slices_b  # the first slice of each row
+    tokens_b = np.add.reduceat(length_S, first_b)
+    assert tokens_b.max() <= row_length, "a layout's row is longer than the batch's"
+
+    tokens, targets = _gather_tokens(groups, length_S, begin_S)
+    if document_mask:
+        segments = np.repeat(np.arange(1, len(row_S) + 1) - first_b[row_S], length_S)
+        positions = np.arange(total) - np.repeat(begin_S, length_S)
+    else:
+        segments = np.ones(total, np.int32)
+        positions = np.arange(total) - np.repeat(begin_S[first_b], tokens_b)
+
+    filled = np.arange(row_length) < tokens_b[:, None]
+    marks = np.repeat([g.source_id for g in groups], np.diff(bases)).astype(np.int32)
+    # Which gathered row goes to each place; a place without one gets the row of padding at the end.
+    place = np.full(num_rows, bases[-1])
+    place[np.concatenate([g.rows for g in groups])] = np.arange(bases[-1])
+
+    def put(values: np.ndarray) -> np.ndarray:
+        rows = np.zeros((bases[-1] + 1, row_length), np.int32)
+        if total == bases[-1] * row_length:
+            rows[:-1] = values.reshape(-1, row_length)
+        else:
+            rows[:-1][filled] = values
+        return rows[place]
+
+    weights = np.concatenate([filled, np.zeros((1, row_length), bool)])[place]
+    return Batch(
+        put(tokens),
+        put(targets),
+        put(segments),
+        put(positions),
+        weights.astype(np.float32),
+        np.append(marks, 0)[place].astype(np.int32)[:, None] * weights,
+    )
+
+
+def _gather_tokens(
+    groups: Sequence[RowGroup], length_S: np.ndarray, begin_S: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Copy inputs and targets of all slices, one after the other: two int32[total].
+
+    Args:
+        groups: non-empty, each with at least one slice.
+        length_S: int64[S], transitions of the slices of all groups.
+        begin_S: int64[S], where each slice begins in the result.
+    """
+    source_S = np.concatenate([g.offsets[g.slices.document] + g.slices.start for g in groups])
+    total = int(length_S.sum())
+    source = np.arange(total) + np.repeat(source_S - begin_S, length_S)
+    tokens = np.empty(total, np.int32)
+    targets = np.empty(total, np.int32)
+    end_S = begin_S + length_S
+    first = 0
+    for group in groups:
+        chosen = slice(first, first + len(group.slices.row))
+        first = chosen.stop
+        begin, end = begin_S[chosen.start], end_S[chosen.stop - 1]
+        tokens[begin:end] = group.tokens[source[begin:end]]
+        # The targets are the tokens one place on, except at the end of each slice.
+        targets[begin : end - 1] = tokens[begin + 1 : end]
+        targets[end_S[chosen] - 1] = group.tokens[source_S[chosen] + length_S[chosen]]
+    return tokens, targets
+
+
+def layout_group(
+    store: TokenStore, layout: Layout, layout_rows: Any, rows: Any, source_id: int
+) -> RowGroup:
+    """Describe the rows `layout_rows` of a layout, to be put at the places `rows` of a batch."""
+    return RowGroup(
+        np.asarray(store.tokens).view(np.ndarray),
+        np.asarray(store.offsets).view(np.ndarray),
+        np.asarray(rows, np.int64),
+        layout.rows(layout_rows),
+        source_id,
+    )
+
+
+def eval_batches(
+    store: TokenStore,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    num_rows: int,
+    source_id: int = 0,
+    document_mask: bool = True,
+) -> list[Batch]:
+    """Make the fixed batches on which a domain's loss is evaluated.
+
+    The documents come in an order that depends on the domain's name only (no seed: two runs are
+    evaluated on the same text), as many as fill `num_rows`, packed best-fit. So that one long
+    document does not stand for a domain, each gives at most its first eighth of num_rows *
+    sequence_length transitions (at least one row); the cap is lifted when the store cannot fill the
+    rows otherwise.
+
+        order 4 1 7 ...   capped and packed   |4444444|1177777|...   num_rows rows (fewer if the
+                                                                     store is small), then padding
+
+    Args:
+        store: usually a domain's "heldout" split.
+        sequence_length: T >= 2.
+        batch_size: rows of each batch; the last is filled up with rows of padding (weight 0).
+        num_rows: how many rows at most, >= 1.
+        source_id: the mark of all tokens.
+        document_mask: as in `gather_rows`.
+
+    Returns:
+        A list of Batches of [batch_size, sequence_length], the same on every call.
+
+    Raises:
+        ValueError: the store has nothing to predict, or a number is too small.
+    """
+    for name, value, least in (
+        ("sequence_length", sequence_length, 2),
+        ("batch_size", batch_size, 1),
+        ("num_rows", num_rows, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name} is {value}; give at least {least}")
+    available = np.maximum(np.asarray(store.lengths, np.int64) - 1, 0)
+    if not available.sum():
+        raise ValueError(
+            f"domain {store.domain!r} has no tokens to evaluate on; prepare more documents of it "
+            "or leave it out of the evaluation"
+        )
+    wanted = num_rows * sequence_length
+    lengths = np.minimum(available, max(sequence_length, wanted // 8))
+    if lengths.sum() < wanted:
+        lengths = available
+    order = shuffle_with_key(len(lengths), named_key("heldout", store.domain, bits=128))
+    taken = int(np.searchsorted(np.cumsum(lengths[order]), wanted)) + 1
+    chosen = order[:taken]
+    layout = pack(lengths[chosen], sequence_length, order_N=np.arange(len(chosen)))
+    count = min(num_rows, layout.num_rows)
+    # Rows of whole pieces come last in a layout: spread the choice, or long documents would be
+    # dropped.
+    spread = shuffle_with_key(layout.num_rows, named_key("heldout rows", store.domain, bits=128))
+    batches = []
+    for begin in range(0, count, batch_size):
+        rows = np.sort(spread[:count])[begin : begin + batch_size]
+        slices = layout.rows(rows)
+        group = RowGroup(
+            np.asarray(store.tokens).view(np.ndarray),
+            np.asarray(store.offsets).view(np.ndarray),
+            np.arange(len(rows)),
+            slices._replace(document=chosen[slices.document]),
+            source_id,
+        )
+        batches.append(
+            gather_rows([group], batch_size, sequence_length, document_mask=document_mask)
+        )
+    return batches

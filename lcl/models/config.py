@@ -65,8 +65,8 @@ class DecoderConfig:
     embed_dim: int
     mlp_dim: int
     num_heads: int
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
+    num_kv_heads: int = None  # type: ignore[assignment]  # an int once constructed
+    head_dim: int = None  # type: ignore[assignment]  # likewise
     context_length: int = 8192
     rope: Rope = dataclasses.field(default_factory=Rope)
     norm_eps: float = 1e-5
@@ -99,7 +99,6 @@ class DecoderConfig:
                 )
             object.__setattr__(self, "head_dim", self.embed_dim // self.num_heads)
         self._check_count("head_dim")
-        assert self.head_dim is not None and self.num_kv_heads is not None
         if self.head_dim % 2:
             raise ValueError(
                 f"DecoderConfig.head_dim = {self.head_dim} must be even: RoPE turns pairs"
@@ -149,7 +148,6 @@ def num_parameters(config: DecoderConfig) -> int:
       155968
     """
     d, f = config.embed_dim, config.mlp_dim
-    assert config.head_dim is not None and config.num_kv_heads is not None
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     attention = d * (q + 2 * kv) + q * d
     attention += (q + 2 * kv) * config.attention_bias + d * config.attention_out_bias

@@ -36,7 +36,7 @@ import jax.numpy as jnp
 from lcl.models.attention_layer import AttentionLayer, RowInputs
 from lcl.models.config import DecoderConfig
 from lcl.models.dense import dense_dot
-from lcl.models.layers import Embed, GatedMlp, RMSNorm, truncated_normal
+from lcl.models.layers import Embed, GatedMlp, RMSNorm, partitioned, truncated_normal
 from lcl.models.remat import remat_policy
 from lcl.models.rope import rope_cos_sin
 
@@ -96,7 +96,7 @@ class Head(nn.Module):
         config = self.config
         return self.param(
             "kernel",
-            nn.with_logical_partitioning(
+            partitioned(
                 truncated_normal(config.init_scale / math.sqrt(config.embed_dim)),
                 ("embed", "vocab"),
             ),
@@ -162,7 +162,6 @@ class Decoder(nn.Module):
             positions_BT = jnp.broadcast_to(
                 jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape
             )
-        assert config.head_dim is not None
         cos_BTR, sin_BTR = rope_cos_sin(config.rope, config.head_dim, positions_BT)
         x_BTD = nn.with_logical_constraint(self.embed(tokens_BT), _RESIDUAL_AXES)
         rows = RowInputs(cos_BTR, sin_BTR, segment_ids_BT, row_index_BT)

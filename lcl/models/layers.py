@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -48,6 +49,24 @@ def truncated_normal(stddev: float) -> Callable[..., jax.Array]:
     return init
 
 
+def partitioned(init: Callable[..., jax.Array], axes: tuple[str, ...]) -> Callable[..., Any]:
+    """An initialiser whose parameter carries the logical name of each of its axes.
+
+    Args:
+      init: init(key, shape, dtype) -> array.
+      axes: one name an axis.
+
+    Returns:
+      An initialiser for `self.param`, which hands the layer the plain array.
+
+    Example:
+      >>> box = partitioned(nn.initializers.ones, ("norm",))(jax.random.key(0), (4,), jnp.float32)
+      >>> box.names, box.value.shape
+      (('norm',), (4,))
+    """
+    return nn.with_logical_partitioning(init, axes)
+
+
 class Dense(nn.Module):
     """A projection from the last axes of its input to new ones, with an optional bias.
 
@@ -78,7 +97,7 @@ class Dense(nn.Module):
         init = truncated_normal(self.init_scale / math.sqrt(math.prod(self.in_shape)))
         kernel = self.param(
             "kernel",
-            nn.with_logical_partitioning(init, self.axes),
+            partitioned(init, self.axes),
             self.in_shape + self.out_shape,
             jnp.float32,
         )
@@ -87,7 +106,7 @@ class Dense(nn.Module):
             out_axes = self.axes[len(self.in_shape) :]
             y += self.param(
                 "bias",
-                nn.with_logical_partitioning(nn.initializers.zeros, out_axes),
+                partitioned(nn.initializers.zeros, out_axes),
                 self.out_shape,
                 jnp.float32,
             )
@@ -114,7 +133,7 @@ class RMSNorm(nn.Module):
         """[..., dim] -> [..., dim]."""
         scale = self.param(
             "scale",
-            nn.with_logical_partitioning(nn.initializers.ones, (self.axis,)),
+            partitioned(nn.initializers.ones, (self.axis,)),
             (self.dim,),
             jnp.float32,
         )
@@ -143,7 +162,7 @@ class Embed(nn.Module):
         """int32 [B, T] -> [B, T, D]; a token outside the vocabulary gives NaN, not another row."""
         table_VD = self.param(
             "embedding",
-            nn.with_logical_partitioning(
+            partitioned(
                 truncated_normal(self.init_scale / math.sqrt(self.embed_dim)), ("vocab", "embed")
             ),
             (self.vocab_size, self.embed_dim),

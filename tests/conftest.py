@@ -59,7 +59,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def golden(request: pytest.FixtureRequest):
-    """`golden("configs/x.txt", text)` holds text to tests/golden/configs/x.txt (--update-golden)."""
+    """`golden("configs/x.txt", text)` holds text to tests/golden/configs/x.txt."""
 
     def check(name: str, text: str) -> None:
         path = GOLDEN / name

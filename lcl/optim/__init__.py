@@ -4,3 +4,6 @@ from lcl.optim.adamw import AdamW, carry_over, decay_mask
 from lcl.optim.schedules import constant, cosine, infinite
 
 __all__ = ["AdamW", "carry_over", "constant", "cosine", "decay_mask", "infinite"]
+
+# What gin files may call beside the dataclasses.
+CONFIGURABLES = ("constant", "cosine", "infinite")

@@ -1,0 +1,408 @@
+"""From a configuration to the things a run is made of: mesh, stream, state, compiled steps.
+
+Nothing here loops and nothing here saves; `lcl.train` tells the story with these parts. All checks
+that a configuration can fail happen in `assemble`, before the first compilation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging as logs
+import pathlib
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lcl import stages as stages_lib
+from lcl.checkpoints import run_card
+from lcl.data import Batch, Data, Stream, build_stream
+from lcl.describe import describe
+from lcl.evals import HeldOut
+from lcl.evals.heldout import EvalBatches
+from lcl.models import Decoder, DecoderConfig, num_parameters
+from lcl.objectives import NextToken
+from lcl.optim import AdamW
+from lcl.parallel import MeshConfig, flops, rules
+from lcl.parallel import mesh as mesh_lib
+from lcl.policies import Guard
+from lcl.stages import Span, Stage
+from lcl.step import Metrics, TrainState, make_eval_step, make_train_step
+
+log = logs.getLogger("lcl")
+
+# A model may pad its vocabulary up to this multiple of the tokenizer's, so that it splits evenly.
+VOCABULARY_PADDING = 256
+# Batches that the host prepares ahead of the device.
+PREFETCH = 4
+
+
+def named_key(seed: int, name: str) -> jax.Array:
+    """The PRNG key called `name`: no key is ever split anonymously."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+
+
+@dataclasses.dataclass
+class Assembly:
+    """A configuration, ready to run. Compilations are cached by what they depend on."""
+
+    seed: int
+    model: DecoderConfig
+    data: Data
+    objective: NextToken
+    optimizer: AdamW
+    mesh: jax.sharding.Mesh
+    stream: Stream
+    spans: tuple[Span, ...]
+    chain: optax.GradientTransformation
+    abstract_state: TrainState
+    identity: Mapping[str, str]
+    flops_per_token: Mapping[int, float]
+    peak_flops: float | None
+    flop_convention: str
+    compile_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    _compiled: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    _run_dir: pathlib.Path | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """Length of the whole run."""
+        return self.spans[-1].end_step
+
+    @property
+    def num_sources(self) -> int:
+        """New tokens of each domain, then replayed ones of each."""
+        return 2 * len(self.stream.domains)
+
+    # ---- where we are ------------------------------------------------------------------------
+
+    def span_at(self, step: int) -> Span | None:
+        """The stage that trains step `step`; None at the end of the run."""
+        return next((s for s in self.spans if s.first_step <= step < s.end_step), None)
+
+    def span_ending_at(self, step: int) -> Span | None:
+        """The stage whose last update was the one before `step`, if any."""
+        return next((s for s in self.spans if s.end_step == step), None)
+
+    def describe_rows(self, step: int) -> str:
+        """The rows of a step in a few words, for an error: which documents of which domains."""
+        rows = []
+        for domain, epoch, row, replayed, slices in self.stream.rows(step):
+            documents = ", ".join(str(document) for document, _, _ in slices[:4])
+            more = ", ..." if len(slices) > 4 else ""
+            how = " replayed" if replayed else ""
+            rows.append(f"{domain}[row {row}, epoch {epoch}{how}: documents {documents}{more}]")
+        return "; ".join(rows)
+
+    # ---- state -------------------------------------------------------------------------------
+
+    def init_state(self) -> TrainState:
+        """The state at step 0, born sharded."""
+        with self._on_mesh():
+            init = jax.jit(
+                lambda key: rules.unbox(_boxed_state(self.model, self.chain, key)),
+                out_shardings=_shardings(self.abstract_state),
+            )
+            return init(named_key(self.seed, "params"))
+
+    def enter(self, span: Span, state: TrainState) -> TrainState:
+        """What the stage's policy makes of the state: moments, clock, parameter transform."""
+        if not stages_lib.changes_state(span.stage):
+            return state
+
+        def entered(state: TrainState) -> TrainState:
+            params, opt_state = stages_lib.enter(
+                span.stage, state.params, state.opt_state, self.chain
+            )
+            return state.replace(params=params, opt_state=opt_state)
+
+        return self._transform(("enter", span.index), entered, state)
+
+    def exit(self, span: Span, state: TrainState) -> TrainState:
+        """What the stage's `on_exit` makes of the parameters."""
+        on_exit = span.stage.on_exit
+        if on_exit is None:
+            return state
+        return self._transform(
+            ("exit", span.index), lambda state: state.replace(params=on_exit(state.params)), state
+        )
+
+    def skip_step(self, state: TrainState) -> TrainState:
+        """A step that is left out: the clocks go on, nothing is learned."""
+
+        def skipped(state: TrainState) -> TrainState:
+            opt_state = state.opt_state.copy()
+            clock = opt_state["lr"]
+            opt_state["lr"] = clock._replace(count=clock.count + 1)
+            return state.replace(step=state.step + 1, opt_state=opt_state)
+
+        return self._transform(("skip",), skipped, state)
+
+    def _transform(
+        self, key: Any, function: Callable[[TrainState], TrainState], state: TrainState
+    ) -> TrainState:
+        if key not in self._compiled:
+            shardings = _shardings(self.abstract_state)
+            self._compiled[key] = jax.jit(function, donate_argnums=0, out_shardings=shardings)
+        with self._on_mesh():
+            return self._compiled[key](state)
+
+    # ---- steps -------------------------------------------------------------------------------
+
+    def train_step(self, span: Span) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+        """The compiled step of a stage; stages of one shape share it. It cannot recompile."""
+        shape = self.stream.batch_shape(span.first_step)
+        model = self._model(span)
+        step = make_train_step(model, self.objective, self.optimizer, self.chain, self.num_sources)
+        jitted = jax.jit(
+            step, donate_argnums=0, out_shardings=(_shardings(self.abstract_state), None)
+        )
+        example = (self.abstract_state, self._abstract_batch(shape))
+        return self._compile(f"train step {shape[0]} x {shape[1]}", model, jitted, example)
+
+    def eval_step(self, span: Span) -> Callable[[Any, Batch], Metrics]:
+        """The compiled held-out forward under a stage's model."""
+        model = self._model(span)
+        jitted = jax.jit(make_eval_step(model, self.objective, self.num_sources))
+
+        def run(params: Any, batch: Batch) -> Metrics:
+            example = (self.abstract_state.params, self._abstract_batch(batch.tokens.shape))
+            name = f"evaluation {batch.tokens.shape[0]} x {batch.tokens.shape[1]}"
+            return self._compile(name, model, jitted, example)(params, batch)
+
+        return run
+
+    def _compile(self, name: str, model: Decoder, jitted: Any, example: tuple[Any, ...]) -> Any:
+        key = (name, model.config)
+        if key not in self._compiled:
+            begin = time.monotonic()
+            with self._on_mesh():
+                self._compiled[key] = jitted.lower(*example).compile()
+            seconds = time.monotonic() - begin
+            self.compile_seconds[name] = round(self.compile_seconds.get(name, 0.0) + seconds, 2)
+            log.info("compiled the %s in %.1f s", name, seconds)
+        return self._compiled[key]
+
+    def _model(self, span: Span) -> Decoder:
+        if span.stage.rope is None:
+            return Decoder(self.model)
+        return Decoder(dataclasses.replace(self.model, rope=span.stage.rope))
+
+    def _abstract_batch(self, shape: Sequence[int]) -> Batch:
+        sharding = rules.batch_sharding(self.mesh)
+        ints = jax.ShapeDtypeStruct(tuple(shape), np.int32, sharding=sharding)
+        floats = jax.ShapeDtypeStruct(tuple(shape), np.float32, sharding=sharding)
+        return Batch(ints, ints, ints, ints, floats, ints)
+
+    @contextlib.contextmanager
+    def _on_mesh(self) -> Iterator[None]:
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(rules.LOGICAL_AXIS_RULES):
+            yield
+
+    # ---- data --------------------------------------------------------------------------------
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """Host batches from step `start` on; this process's rows, prefetched by Grain."""
+        span = self.span_at(start)
+        while span is not None:
+            rows = rules.process_rows(self.mesh, self.stream.batch_shape(start)[0])
+            dataset = self.stream.dataset(start=start, stop=span.end_step, rows=rows)
+            options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH)
+            yield from dataset.to_iter_dataset(options)
+            start = span.end_step
+            span = self.span_at(start)
+
+    def put(self, batch: Batch, span: Span) -> Batch:
+        """Places the rows that `batches` gave this process on the mesh, as part of the batch."""
+        batch_size, _ = self.stream.batch_shape(span.first_step)
+        rows = rules.process_rows(self.mesh, batch_size)
+        return rules.put_batch(
+            batch, self.mesh, rows=rows, batch_size=None if rows is None else batch_size
+        )
+
+    def heldout_batches(self, evaluation: HeldOut) -> EvalBatches:
+        """The fixed held-out batches of every domain."""
+        batches = evaluation.batches(self.data, self.stream.domains)
+        return batches.with_put(lambda batch: rules.put_batch(batch, self.mesh))
+
+    # ---- the run card ------------------------------------------------------------------------
+
+    def claim(self, run_dir: pathlib.Path, *, allow_changes: bool) -> None:
+        """Writes the run card, or refuses a directory that holds a run of another configuration."""
+        self._run_dir = run_dir
+        new = self._card(step=0)
+        old = run_card.read_card(run_dir)
+        if old is not None:
+            grown = _without_appended_stages(new["identity"], old["identity"])
+            run_card.check_card(old["identity"], grown, allow_changes=allow_changes)
+        if jax.process_index() == 0:
+            run_card.write_card(run_dir, new)
+
+    def finish_card(self, step: int) -> None:
+        """Writes the run card again, with the token ledger and the compilations."""
+        assert self._run_dir is not None
+        if jax.process_index() == 0:
+            run_card.write_card(self._run_dir, self._card(step))
+
+    def _card(self, step: int) -> dict[str, Any]:
+        domains = self.stream.domains
+        return {
+            "identity": dict(self.identity),
+            "versions": run_card.versions(),
+            "git_revision": run_card.git_revision(),
+            "seed": self.seed,
+            "mesh": mesh_lib.describe(self.mesh),
+            "domains": list(domains),
+            "data": {d: self.data.open(d, "train").fingerprint for d in domains},
+            "stages": [_stage_card(span, self.stream) for span in self.spans],
+            "num_parameters": num_parameters(self.model),
+            "flops": {
+                "convention": self.flop_convention,
+                "per_token": {self.spans[i].stage.name: f for i, f in self.flops_per_token.items()},
+            },
+            "ledger": self.stream.ledger(step),
+            "step": step,
+            "compiles": dict(self.compile_seconds),
+        }
+
+
+def assemble(
+    *,
+    run_dir: pathlib.Path,
+    seed: int,
+    model: DecoderConfig,
+    data: Data,
+    stages: Sequence[Stage],
+    optimizer: AdamW,
+    objective: NextToken,
+    mesh: MeshConfig,
+    evaluation: HeldOut,
+    guard: Guard,
+) -> Assembly:
+    """Builds and checks everything that does not need a compilation. Arguments as for `train`.
+
+    Raises:
+      ValueError: whatever cannot run, in one line that names the value and the mend.
+    """
+    spans = stages_lib.timeline(stages)
+    device_mesh = mesh.build()
+    rules.check_model_splits(model, device_mesh)
+    stream = build_stream(
+        data,
+        [(span.stage.name, span.stage.data, span.stage.num_steps) for span in spans],
+        seed=seed,
+        domains=evaluation.domains,
+        plan_dir=pathlib.Path(data.root) / "plans",
+    )
+    for span in spans:
+        rules.check_batch_shape(device_mesh, *stream.batch_shape(span.first_step))
+        _check_length(model, f"stage {span.stage.name!r}", span.stage.data.sequence_length)
+    rules.check_batch_shape(device_mesh, evaluation.batch_size, evaluation.sequence_length)
+    _check_length(model, "the evaluation", evaluation.sequence_length)
+    for domain in stream.domains:
+        _check_vocabulary(model, data, domain)
+    chain = optimizer.build()
+    boxed = jax.eval_shape(
+        lambda key: _boxed_state(model, chain, key), jax.eval_shape(lambda: jax.random.key(0))
+    )
+    peak = flops.chip_peak_flops(device_mesh.devices.flat[0], model.dtype)
+    total = None if not peak.flops_per_second else peak.flops_per_second * device_mesh.size
+    identity = describe(
+        {
+            "seed": seed,
+            "model": model,
+            "optimizer": optimizer,
+            "objective": objective,
+            "evaluation": evaluation,
+            "guard": guard,
+            "stages": tuple(stages),
+            "data": {d: data.open(d, "train").fingerprint for d in stream.domains},
+        }
+    )
+    return Assembly(
+        seed=seed,
+        model=model,
+        data=data,
+        objective=objective,
+        optimizer=optimizer,
+        mesh=device_mesh,
+        stream=stream,
+        spans=spans,
+        chain=chain,
+        abstract_state=rules.abstract_state(boxed, device_mesh),
+        identity=identity,
+        flops_per_token={span.index: _flops(model, stream, span) for span in spans},
+        peak_flops=total,
+        flop_convention=f"{flops.CONVENTION}; peak: {peak.source}",
+    )
+
+
+def _boxed_state(
+    model: DecoderConfig, chain: optax.GradientTransformation, key: jax.Array
+) -> TrainState:
+    """The initial state, its parameters (and so their moments) boxed with their logical axes."""
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    params = Decoder(model).init(key, tokens, tokens)["params"]
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=chain.init(params))
+
+
+def _shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def _flops(model: DecoderConfig, stream: Stream, span: Span) -> float:
+    """Training FLOPs a token of a stage, attention as its documents' masks leave it."""
+    batch = stream.batch(span.first_step)
+    return flops.train_flops_per_token(
+        model, span.stage.data.sequence_length, flops.mean_context(batch.segment_ids)
+    )
+
+
+def _stage_card(span: Span, stream: Stream) -> dict[str, Any]:
+    data = span.stage.data
+    replay = None
+    if data.replay is not None:
+        replay = {"fraction": data.replay.fraction, "mode": data.replay.mode}
+    return {
+        "name": span.stage.name,
+        "first_step": span.first_step,
+        "num_steps": span.end_step - span.first_step,
+        "domains": dict(data.mixture.weights),
+        "sequence_length": data.sequence_length,
+        "batch_shape": list(stream.batch_shape(span.first_step)),
+        "replay": replay,
+    }
+
+
+def _check_length(model: DecoderConfig, what: str, sequence_length: int) -> None:
+    if sequence_length > model.context_length:
+        raise ValueError(
+            f"{what} has rows of {sequence_length} tokens, but DecoderConfig.context_length is "
+            f"{model.context_length}; shorten the rows or lengthen the context"
+        )
+
+
+def _check_vocabulary(model: DecoderConfig, data: Data, domain: str) -> None:
+    needed = data.open(domain, "train").vocab_size
+    roof = -(-needed // VOCABULARY_PADDING) * VOCABULARY_PADDING
+    if not needed <= model.vocab_size <= roof:
+        raise ValueError(
+            f"DecoderConfig.vocab_size={model.vocab_size} does not fit the store {domain!r}, whose "
+            f"tokenizer has {needed} tokens; set it between {needed} and {roof}, or prepare the "
+            f"corpus with another tokenizer"
+        )
+
+
+def _without_appended_stages(new: Mapping[str, str], old: Mapping[str, str]) -> dict[str, str]:
+    """`new` less the stages that `old` did not have yet: a run may always be given more stages."""
+    had = sum(1 for key in old if key.startswith("stages[") and key.endswith("].name"))
+    known = tuple(f"stages[{index}]" for index in range(had))
+    return {k: v for k, v in new.items() if not k.startswith("stages[") or k.startswith(known)}

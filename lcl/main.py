@@ -1,0 +1,286 @@
+"""The command line: `lcl prepare | train | evaluate | report | info`. Thin; the work is elsewhere.
+
+A mistake of the user's is one line on stderr and exit code 2. Nothing heavy is imported before a
+command has been recognised, so `lcl --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+EPILOG = """\
+bindings:
+  --gin_file=FILE        a configuration; may be given several times, later files win
+  --gin.NAME=VALUE       one binding on top, such as --gin.train.seed=1
+
+examples:
+  lcl prepare manpages-en python manpages-fr --root data/byte
+  lcl train --gin_file=configs/runs/quickstart.gin --run_dir=runs/quickstart
+  lcl report runs/quickstart runs/quickstart_replay
+  lcl info runs/quickstart
+"""
+
+CONFIG_FILE = "config.gin"
+
+
+def run(argv: Sequence[str] | None = None) -> None:
+    """The console script: runs a command and exits with its code."""
+    sys.exit(main(sys.argv[1:] if argv is None else argv))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one command.
+
+    Args:
+      argv: the words after `lcl`.
+
+    Returns:
+      0; 1 when a run ended itself (a NaN); 2 for a mistake, explained in one line on stderr.
+    """
+    words, gin_files, bindings = split_gin(argv)
+    arguments = _parser().parse_args(words)
+    arguments.gin_files, arguments.bindings = gin_files, bindings
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("lcl").setLevel(logging.INFO)
+    try:
+        return arguments.command(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
+        text = _one_line(error)
+        if text is None or os.environ.get("LCL_TRACEBACK"):
+            raise
+        print(f"lcl {arguments.name}: {text}", file=sys.stderr)
+        return 1 if type(error).__name__ == "NonFiniteError" else 2
+
+
+def split_gin(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """Takes `--gin_file` and `--gin.NAME=VALUE` out of the words of a command.
+
+    >>> split_gin(["train", "--gin_file=a.gin", "--gin.train.seed=1", "--run_dir", "r"])
+    (['train', '--run_dir', 'r'], ['a.gin'], ['train.seed=1'])
+    """
+    words, files, bindings = [], [], []
+    rest = iter(argv)
+    for word in rest:
+        if word in ("--gin_file", "--gin-file"):
+            files.append(next(rest, ""))
+        elif word.startswith(("--gin_file=", "--gin-file=")):
+            files.append(word.partition("=")[2])
+        elif word.startswith("--gin."):
+            binding = word.removeprefix("--gin.")
+            bindings.append(binding if "=" in binding else f"{binding}={next(rest, '')}")
+        else:
+            words.append(word)
+    return words, files, bindings
+
+
+def _one_line(error: Exception) -> str | None:
+    """The text of a mistake of the user's; None for a fault of ours, which keeps its traceback.
+
+    Our own errors are one line and name the mend; those from inside a library seldom are.
+    """
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a file'}: {error.strerror or error}"
+    text = str(error)
+    return text if text and "\n" not in text else None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lcl",
+        description="Teach a language model in stages, and see what it gained and what it forgot.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
+
+    def command(name: str, function: Any, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        sub.set_defaults(command=function)
+        return sub
+
+    sub = command("prepare", _prepare, "Turn corpora and your own text into tokenised stores.")
+    sub.add_argument("corpora", nargs="*", metavar="CORPUS", help="names; see --list")
+    sub.add_argument("--list", action="store_true", help="list the corpora that can be built here")
+    sub.add_argument("--show", action="store_true", help="show what lies under --root")
+    sub.add_argument("--root", default="data/byte", help="where the stores go")
+    sub.add_argument("--tokenizer", default="byte", help="byte, sentencepiece:N or PATH, hf:PATH")
+    sub.add_argument(
+        "--folder", action="append", default=[], metavar="NAME=PATH", help="a folder of text files"
+    )
+    sub.add_argument(
+        "--jsonl", action="append", default=[], metavar="NAME=PATH", help='lines of {"text": ...}'
+    )
+    sub.add_argument("--heldout_fraction", type=float, default=0.05, help="share of documents")
+    sub.add_argument("--limit_documents", type=int, default=None, help="at most so many a corpus")
+    sub.add_argument("--force", action="store_true", help="build again what is already there")
+
+    sub = command("train", _train, "Train through the stages of a configuration, or go on.")
+    sub.add_argument("--run_dir", help="the run's directory; an unfinished run in it goes on")
+    sub.add_argument(
+        "--allow_changes",
+        action="store_true",
+        help="go on although the configuration differs from the run's",
+    )
+    sub.add_argument(
+        "--print_config", action="store_true", help="print the whole configuration and stop"
+    )
+
+    sub = command("evaluate", _evaluate, "Held-out loss of every domain at a run's checkpoint.")
+    sub.add_argument("run_dir", metavar="RUN")
+    sub.add_argument(
+        "--step", type=int, default=None, help="which checkpoint; the newest if absent"
+    )
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+    sub = command("report", _report, "Build the report of one run, or of several side by side.")
+    sub.add_argument("run_dirs", nargs="+", metavar="RUN")
+    sub.add_argument("--out", default=None, help="where to; RUN/report if absent")
+
+    sub = command("info", _info, "Show a run's stages, checkpoints and configuration.")
+    sub.add_argument("run_dir", metavar="RUN")
+    return parser
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from lcl.data import corpora, prepare
+
+    if arguments.list:
+        for name, info in corpora.available().items():
+            print(f"{name:22s} {info.language:4s} {info.licence:34s} {info.description}")
+        return 0
+    if arguments.show:
+        print(prepare.show(arguments.root))
+        return 0
+    if not (arguments.corpora or arguments.folder or arguments.jsonl):
+        raise ValueError("nothing to prepare: name corpora (see --list), a --folder or a --jsonl")
+    prepare.prepare(
+        arguments.corpora,
+        root=arguments.root,
+        tokenizer=arguments.tokenizer,
+        heldout_fraction=arguments.heldout_fraction,
+        folders=_pairs("--folder", arguments.folder),
+        jsonl=_pairs("--jsonl", arguments.jsonl),
+        limit_documents=arguments.limit_documents,
+        force=arguments.force,
+    )
+    print(prepare.show(arguments.root))
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from lcl import config
+
+    run_dir = pathlib.Path(arguments.run_dir) if arguments.run_dir else None
+    files = arguments.gin_files
+    if not files and run_dir is not None and (run_dir / CONFIG_FILE).exists():
+        files = [str(run_dir / CONFIG_FILE)]  # An unfinished run knows its own configuration.
+    if not files:
+        raise ValueError("no configuration: give --gin_file, such as configs/runs/quickstart.gin")
+    overrides: dict[str, Any] = {"allow_changes": arguments.allow_changes}
+    if run_dir is not None:
+        overrides["run_dir"] = str(run_dir)
+    settings = config.load(files, arguments.bindings)
+    if arguments.print_config:
+        print(settings.operative_text("train", **overrides))
+        return 0
+    _prepare_jax()
+    from lcl.train import train
+
+    kwargs = settings.kwargs("train", **overrides)
+    _write_config(pathlib.Path(kwargs["run_dir"]), settings.operative_text("train", **overrides))
+    train(**kwargs)
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from lcl import config
+
+    own = pathlib.Path(arguments.run_dir) / CONFIG_FILE
+    if not own.exists():
+        raise ValueError(f"{arguments.run_dir} holds no run ({CONFIG_FILE} is missing)")
+    _prepare_jax()
+    from lcl.train import evaluate
+
+    settings = config.load([str(own), *arguments.gin_files], arguments.bindings)
+    kwargs = settings.kwargs("train", run_dir=arguments.run_dir)
+    for unused in ("logging", "allow_changes"):
+        kwargs.pop(unused, None)
+    step, domains = evaluate(**kwargs, step=arguments.step)
+    if arguments.json:
+        print(json.dumps({"step": step, "domains": domains}, indent=2))
+        return 0
+    print(f"held-out loss at step {step}")
+    for domain, scores in domains.items():
+        print(
+            f"  {domain:22s} {scores['nats_per_token']:.4f} nats/token"
+            f"  {scores['bits_per_byte']:.4f} bits/byte  ({scores['tokens']:,} tokens)"
+        )
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from lcl.report import build_report, matrix_text
+
+    print(matrix_text(arguments.run_dirs))
+    print(f"report: {build_report(arguments.run_dirs, out=arguments.out)}")
+    return 0
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from lcl.report import info_text
+
+    print(info_text(arguments.run_dir))
+    return 0
+
+
+def _prepare_jax() -> None:
+    """Process-wide settings of JAX, made here and nowhere in the library."""
+    import jax
+
+    from lcl.parallel.distributed import initialize_distributed
+
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "lcl", "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    initialize_distributed()
+
+
+def _write_config(run_dir: pathlib.Path, text: str) -> None:
+    """Leaves the operative configuration beside the run, unless the run has one already."""
+    path = run_dir / CONFIG_FILE
+    if path.exists():
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    draft.write_text(text)
+    draft.replace(path)
+
+
+def _pairs(option: str, values: Sequence[str]) -> dict[str, str]:
+    """`NAME=PATH` options as a dictionary."""
+    pairs = {}
+    for value in values:
+        name, equals, path = value.partition("=")
+        if not (name and equals and path):
+            raise ValueError(f"{option} {value!r} should be NAME=PATH")
+        pairs[name] = path
+    return pairs
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,324 @@
+"""The story of a run, top to bottom.
+
+    state[t+1], metrics[t] = train_step(state[t], stream[t])
+
+Everything that decides a result is an argument of `train`; nothing is remembered between two calls
+but what lies in the run's directory. Read it in this order: `train` (what a run is), `_go` (the
+loop, and what happens at the border of two stages), then `make_train_step` in lcl/step.py (the
+step). `assemble` in lcl/assembly.py turns the configuration into the things the loop needs.
+
+"Step" t is the number of updates before it, so step 0 is the first and a checkpoint at t holds the
+state after t updates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging as logs
+import os
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from lcl.assembly import Assembly, assemble
+from lcl.checkpoints import Checkpointer, CheckpointPolicy
+from lcl.data import Batch, Data
+from lcl.evals import HeldOut
+from lcl.evals.heldout import evaluate as evaluate_heldout
+from lcl.models import DecoderConfig
+from lcl.objectives import NextToken
+from lcl.optim import AdamW
+from lcl.parallel import MeshConfig
+from lcl.policies import Guard, Logging, NonFiniteError, leave_out, read_left_out
+from lcl.preemption import Preemption
+from lcl.recorder import Recorder
+from lcl.report import MetricsWriter, Progress, build_report
+from lcl.stages import Span, Stage
+from lcl.step import TrainState, make_eval_step, make_train_step
+
+__all__ = ["evaluate", "make_eval_step", "make_train_step", "train"]
+
+log = logs.getLogger("lcl")
+
+
+def train(
+    *,
+    run_dir: str | os.PathLike[str],
+    seed: int,
+    model: DecoderConfig,
+    data: Data,
+    stages: Sequence[Stage],
+    optimizer: AdamW,
+    objective: NextToken,
+    mesh: MeshConfig,
+    checkpoint: CheckpointPolicy,
+    evaluation: HeldOut,
+    logging: Logging,
+    guard: Guard,
+    allow_changes: bool = False,
+) -> pathlib.Path:
+    """Trains `model` through `stages`, or goes on where this run's directory says it was.
+
+    Args:
+      run_dir: the run's directory: logs, checkpoints, run card, report. A run that was killed goes
+        on from its newest good checkpoint, bit for bit.
+      seed: the one seed; every key and every order is derived from it by name.
+      model: sizes and dtypes of the decoder.
+      data: where the tokenised stores are.
+      stages: what is learned, in order.
+      optimizer: the Optax chain and its schedule.
+      objective: the loss.
+      mesh: how devices are laid out; changes no batch and, up to float32 rounding, no loss.
+      checkpoint: how often the state is saved, and what is kept.
+      evaluation: which held-out rows are scored, and how often.
+      logging: what is shown and how often.
+      guard: what happens on a NaN.
+      allow_changes: go on although the configuration differs from the one this run began with.
+
+    Returns:
+      The run's directory.
+
+    Raises:
+      ValueError: a configuration that cannot run, in one line that names the mend.
+      NonFiniteError: see `lcl.policies.Guard`.
+    """
+    run_dir = pathlib.Path(run_dir)
+    run = assemble(
+        run_dir=run_dir,
+        seed=seed,
+        model=model,
+        data=data,
+        stages=stages,
+        optimizer=optimizer,
+        objective=objective,
+        mesh=mesh,
+        evaluation=evaluation,
+        guard=guard,
+    )
+    run.claim(run_dir, allow_changes=allow_changes)
+    with Preemption() as preemption:
+        while True:
+            try:
+                finished = _go(run, run_dir, checkpoint, evaluation, logging, preemption)
+                break
+            except NonFiniteError as error:
+                # A rollback is a resume in which one step is crossed out.
+                if not guard.rolls_back or len(read_left_out(run_dir)) >= guard.max_rollbacks:
+                    raise
+                log.warning("%s", error)
+                log.warning(
+                    "rolling back to the last checkpoint and leaving step %d out", error.step
+                )
+                leave_out(run_dir, error.step)
+    if not finished:
+        log.info("stopped by a signal; the same command goes on from here")
+    elif logging.report and jax.process_index() == 0:
+        log.info("report: %s", build_report([run_dir]))
+    return run_dir
+
+
+def _go(
+    run: Assembly,
+    run_dir: pathlib.Path,
+    checkpoint: CheckpointPolicy,
+    evaluation: HeldOut,
+    logging: Logging,
+    preemption: Preemption,
+) -> bool:
+    """Restores, then trains to the end (True) or to a signal (False)."""
+    primary = jax.process_index() == 0
+    with (
+        preemption.nothing_to_save(),
+        Checkpointer(run_dir, checkpoint) as checkpoints,
+    ):
+        restored = checkpoints.restore_latest(run.abstract_state)
+        if restored is None:
+            step, state, tokens = 0, run.init_state(), 0
+        else:
+            step, state, tokens = restored.step, restored.state, restored.metadata["tokens"]
+            log.info("resuming at step %d of %d", step, run.num_steps)
+        heldout = run.heldout_batches(evaluation)
+        left_out = read_left_out(run_dir)
+        writer = MetricsWriter(
+            run_dir,
+            step if restored else None,
+            tensorboard=logging.tensorboard,
+            primary=primary,
+        )
+        bar = Progress(
+            run.num_steps,
+            start_step=step,
+            flop_convention=run.flop_convention,
+            enabled=logging.progress and primary,
+        )
+        recorder = Recorder(
+            writer,
+            bar,
+            domains=run.stream.domains,
+            describe_rows=run.describe_rows,
+            tokens=tokens,
+            flops_per_token=run.flops_per_token,
+            peak_flops=run.peak_flops,
+        )
+        with writer, bar:
+            loop = _Loop(run, checkpoints, writer, recorder, preemption, heldout, left_out)
+            return loop.run_from(step, state, evaluation, logging)
+
+
+@dataclasses.dataclass
+class _Loop:
+    """The loop, with the things it uses. Its only memory is (step, state) and what it has saved."""
+
+    run: Assembly
+    checkpoints: Checkpointer
+    writer: MetricsWriter
+    recorder: Recorder
+    preemption: Preemption
+    heldout: Any
+    left_out: frozenset[int]
+
+    def run_from(self, step: int, state: TrainState, evaluation: HeldOut, logging: Logging) -> bool:
+        """Trains from `step` on; True at the end of the run, False when a signal stopped it."""
+        run, first = self.run, step
+        batches = run.batches(start=step)
+        train_step = None
+        while True:
+            ended = run.span_ending_at(step)
+            span = run.span_at(step)
+
+            # ---- the border: exit, evaluate, save ------------------------------------------
+            # A checkpoint holds the state after `on_exit` and before the next stage's `on_enter`.
+            if ended and step > first:
+                state = run.exit(ended, state)
+            if ended or step == 0 or evaluation.due(step):
+                self._evaluate(step, state, ended, span)
+            stopping = self.preemption.requested
+            if step > first and (
+                ended or stopping or self.checkpoints.policy.due(step) or step == run.num_steps
+            ):
+                self._save(step, state, blocking=stopping or step == run.num_steps)
+            if stopping or span is None:
+                return span is None
+
+            # ---- a stage begins: its policy, and its step's compilation ---------------------
+            if step == span.first_step:
+                state = run.enter(span, state)
+            if train_step is None or step == span.first_step:
+                train_step = self._compile(span, nothing_to_save=step == first)
+
+            # ---- the step --------------------------------------------------------------------
+            batch = next(batches)
+            if step in self.left_out:
+                state, metrics = run.skip_step(state), None
+            else:
+                with jax.transfer_guard("disallow"):
+                    state, metrics = train_step(state, run.put(batch, span))
+            self.recorder.add(step, span, metrics)
+            step += 1
+            self.checkpoints.check()
+            if step % logging.every_steps == 0 or step == span.end_step:
+                self.recorder.drain()
+
+    def _evaluate(
+        self, step: int, state: TrainState, ended: Span | None, span: Span | None
+    ) -> None:
+        """Held-out loss of every domain, written once; a signal cuts it short (it is redone)."""
+        begin = time.monotonic()
+        self.recorder.drain()
+        where = ended or span
+        assert where is not None
+        eval_step = self.run.eval_step(where)
+
+        def unless_stopped(params: Any, batch: Batch) -> Mapping[str, jax.Array]:
+            if self.preemption.requested:
+                raise InterruptedError
+            return eval_step(params, batch)
+
+        try:
+            domains = evaluate_heldout(unless_stopped, state.params, self.heldout)
+        except InterruptedError:
+            return
+        kind = "stage_end" if ended else "start" if step == 0 else "interval"
+        self.writer.evals(
+            {
+                "step": step,
+                "stage_index": where.index,
+                "stage": where.stage.name,
+                "kind": kind,
+                "domains": domains,
+            }
+        )
+        self.recorder.exclude(time.monotonic() - begin)
+
+    def _save(self, step: int, state: TrainState, *, blocking: bool) -> None:
+        """Logs first, then the state: whatever a checkpoint stands on is on disk before it."""
+        begin = time.monotonic()
+        self.recorder.drain()
+        self.writer.flush()
+        metadata = {"tokens": self.recorder.tokens}
+        self.checkpoints.save(step, state, metadata, blocking=blocking)
+        if step == self.run.num_steps:
+            self.run.finish_card(step)
+        self.recorder.exclude(time.monotonic() - begin)
+
+    def _compile(self, span: Span, *, nothing_to_save: bool) -> Any:
+        """The compiled step of a stage; a signal meanwhile ends the process, all being saved."""
+        begin = time.monotonic()
+        self.recorder.drain()
+        if nothing_to_save:
+            compiled = self.run.train_step(span)
+        else:
+            self.checkpoints.wait()
+            with self.preemption.nothing_to_save():
+                compiled = self.run.train_step(span)
+        self.recorder.exclude(time.monotonic() - begin)
+        return compiled
+
+
+def evaluate(
+    *,
+    run_dir: str | os.PathLike[str],
+    seed: int,
+    model: DecoderConfig,
+    data: Data,
+    stages: Sequence[Stage],
+    optimizer: AdamW,
+    objective: NextToken,
+    mesh: MeshConfig,
+    checkpoint: CheckpointPolicy,
+    evaluation: HeldOut,
+    guard: Guard,
+    step: int | None = None,
+    **_: Any,
+) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Held-out loss of every domain at a checkpoint of a run; writes nothing.
+
+    Args:
+      step: which checkpoint; None = the newest.
+      run_dir and the others: as for `train`.
+
+    Returns:
+      The checkpoint's step and {domain: {"nats_per_token", "bits_per_byte", "tokens", "bytes"}}.
+    """
+    run = assemble(
+        run_dir=pathlib.Path(run_dir),
+        seed=seed,
+        model=model,
+        data=data,
+        stages=stages,
+        optimizer=optimizer,
+        objective=objective,
+        mesh=mesh,
+        evaluation=evaluation,
+        guard=guard,
+    )
+    with Checkpointer(run_dir, checkpoint) as checkpoints:
+        restored = checkpoints.restore(run.abstract_state, step)
+        where = run.span_ending_at(restored.step) or run.span_at(restored.step)
+        assert where is not None
+        batches = run.heldout_batches(evaluation)
+        domains = evaluate_heldout(run.eval_step(where), restored.state.params, batches)
+    return restored.step, domains

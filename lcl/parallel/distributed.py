@@ -59,7 +59,7 @@ def initialize_distributed(environment: Mapping[str, str] | None = None) -> int:
             )
         if num_processes == 1:
             return 1
-        if jax.config.jax_platforms == "cpu":
+        if jax.config.read("jax_platforms") == "cpu":
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(env[COORDINATOR], num_processes, process_id)
     elif is_pod(env):

@@ -4,8 +4,7 @@ Model FLOPs, counted from the configuration and never from the compiler (which c
 once and a Pallas kernel as nothing). With P parameters standing in matmuls that every token passes,
 L layers, N query heads of H dims and c keys visible to a query on average:
 
-    forward    2 P + 4 L N H c        (2 for multiply and add; scores and weighted values are 2 N H
-    c each)
+    forward    2 P + 4 L N H c      (multiply and add; scores and weighted values 2 N H c each)
     backward   twice that
     train      6 P + 12 L N H c
 
@@ -49,8 +48,7 @@ _TPU_PEAKS: dict[str, float] = {
 
 
 class Peak(NamedTuple):
-    """The matmul peak of one device: FLOP/s (None where nothing is known) and where the number
-    comes from."""
+    """The matmul peak of one device: FLOP/s (None where none is known) and where it comes from."""
 
     flops_per_second: float | None
     source: str

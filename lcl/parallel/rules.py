@@ -78,7 +78,8 @@ def mesh_spec(names: Sequence[str | None], rules: Rules = LOGICAL_AXIS_RULES) ->
     """
     from jax.sharding import PartitionSpec
 
-    table, taken, entries = dict(rules), {}, []
+    table, entries = dict(rules), []
+    taken: dict[str, str | None] = {}
     for name in names:
         if name is not None and name not in table:
             raise ValueError(
@@ -101,9 +102,8 @@ def state_shardings(tree: Any, mesh: Mesh, rules: Rules = LOGICAL_AXIS_RULES) ->
     """The NamedSharding of every leaf of a state whose parameters carry logical names.
 
     Args:
-        tree: `jax.eval_shape(init_state)`: any pytree, with flax boxes (`nn.LogicallyPartitioned`)
-        anywhere.
-            `optax`'s init maps over boxed parameters, so moments arrive boxed too and lie where
+        tree: `jax.eval_shape(init_state)`: any pytree, with flax boxes
+            (`nn.LogicallyPartitioned`) anywhere. `optax`'s init maps over boxed parameters, so moments arrive boxed too and lie where
             their parameters lie. An array without a box (a count, a step) is replicated.
         mesh: the mesh of MeshConfig.build.
         rules: LOGICAL_AXIS_RULES, or another list.
@@ -151,6 +151,8 @@ def abstract_state(tree: Any, mesh: Mesh, rules: Rules = LOGICAL_AXIS_RULES) -> 
 
     Args:
         tree: as for `state_shardings`.
+        mesh: the mesh.
+        rules: LOGICAL_AXIS_RULES, or another list.
 
     Returns:
         The tree without boxes, a `jax.ShapeDtypeStruct` with its NamedSharding at every array.
@@ -261,6 +263,7 @@ def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray | None:
     length = mesh.shape["context"]
     held = np.zeros(batch_size, bool)
     for index in sharding.addressable_devices_indices_map((batch_size, length)).values():
+        assert index is not None
         held[index[0]] = True
     return np.flatnonzero(held)
 
@@ -271,14 +274,15 @@ def put_batch(
     """Host arrays [B, T] become global device arrays, split as the rules say.
 
         process 0 built rows 0 1        device 0: row 0   device 1: row 1
-        process 1 built rows 2 3   ->   device 2: row 2   device 3: row 3     one global array [4,
-        T]
+        process 1 built rows 2 3   ->   device 2: row 2   device 3: row 3   = one array [4, T]
 
     Args:
-        batch: pytree of NumPy arrays [B, T] (None leaves stay None); B is the whole batch, or
-        `len(rows)`. mesh: the mesh.
-        rows: the global row number of each row that `batch` holds (`process_rows`); None = all, in
-        order. batch_size: rows of the global batch; needed with `rows`.
+        batch: pytree of NumPy arrays [B, T] (None stays None); B is the whole batch, or the
+            number of `rows`.
+        mesh: the mesh.
+        rows: the global row number of each row of `batch` (see `process_rows`); None = all of
+            them, in order.
+        batch_size: rows of the global batch; needed with `rows`.
 
     Returns:
         The same pytree of `jax.Array`s [batch_size, T], sharded by `batch_sharding(mesh)`.
@@ -301,7 +305,8 @@ def put_batch(
     place[rows] = np.arange(len(rows))
 
     def globalise(local: np.ndarray) -> jax.Array:
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             here = place[index[0]]
             assert (here >= 0).all(), "this process was not given a row that its devices hold"
             return local[here][:, index[1]]
@@ -316,6 +321,8 @@ def global_batch(stream: Any, step: int, mesh: Mesh) -> Any:
 
     Args:
         stream: has `batch_shape(step) -> (B, T)` and `batch(step, rows)`, pure in both.
+        step: the number of the update, from 0.
+        mesh: the mesh.
     """
     batch_size, _ = stream.batch_shape(step)
     rows = process_rows(mesh, batch_size)
@@ -333,7 +340,7 @@ def _check_divides(
     where: str, names: Sequence[str | None], shape: Sequence[int], spec: Any, mesh: Mesh
 ) -> None:
     for name, size, axes in zip(names, shape, spec, strict=True):
-        axes = (axes,) if isinstance(axes, str) else (axes or ())
+        axes = [axes] if isinstance(axes, str) else list(axes or [])
         degree = int(np.prod([mesh.shape[axis] for axis in axes], dtype=np.int64))
         if size % degree:
             raise ValueError(

@@ -7,8 +7,7 @@
 Bytes are the UTF-8 bytes the *scored* targets stand for, so bits/byte compares models with
 different tokenizers and texts in different languages; nats/token does neither. The end-of-document
 token stands for 0 bytes, yet predicting it costs nats: they count, as a compressor would have to
-pay for them too. The first token of a document is never scored (nothing precedes it but bos, which
-is not a target); with bos at the front of every stored document, the first real token is.
+pay for them too. Stored documents begin with bos, so their first real token is scored too; bos itself never is.
 """
 
 from __future__ import annotations
@@ -86,7 +85,7 @@ class HeldOut:
         Raises:
             ValueError: a domain without a held-out store, or one whose held-out store is empty.
         """
-        from lcl.data.stream import eval_batches
+        from lcl.data.batch import eval_batches
 
         run_domains = tuple(domains)
         chosen = run_domains if self.domains is None else tuple(self.domains)
@@ -178,8 +177,7 @@ def summarise(
     Args:
         nll_sum: sum over scored targets of weight * -log p, in nats.
         tokens: sum of the weights.
-        num_bytes: UTF-8 bytes of the scored targets (end-of-document counts 0); None or 0 =
-        unknown.
+        num_bytes: UTF-8 bytes of the scored targets (end-of-document: 0); None or 0 = unknown.
 
     Returns:
         {"nats_per_token", "bits_per_byte" (None without bytes), "tokens", "bytes"}.
@@ -213,8 +211,7 @@ def evaluate(
 
     Raises:
         ValueError: the step scored another number of tokens than the batches hold (a loss that
-        drops
-            or repeats tokens would otherwise go unseen).
+            drops or repeats tokens would otherwise go unseen).
     """
     import jax
 

@@ -39,7 +39,6 @@ Forgetting alone rewards not learning: always read it beside learned and retaine
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -52,24 +51,21 @@ SIGNS = (
 UNITS = {"nats_per_token": "nats/token", "bits_per_byte": "bits/byte"}
 
 
-@dataclass(frozen=True, eq=False)
 class LossMatrix:
     """Held-out losses R[T+1, D] of T stages on D domains; NaN means "not measured".
 
     Args:
-        values: float[T+1, D], row 0 before the first stage. Copied; the caller's array is never
-        changed. domains: the D names of the columns. stages: the T names of the rows after the
-        first; they need not be domain names. trained: what each stage trained: T mappings {domain:
-        weight}, T collections of domain names
+        values: float[T+1, D], row 0 before the first stage. Copied, never changed.
+        domains: the D names of the columns.
+        stages: the T names of the rows after the first; they need not be domain names.
+        trained: what each stage trained: T mappings {domain: weight}, T collections of domain names
             (equal weights), or a float[T, D] array of weights. Weights are shares of the stage's
-            new tokens (any positive scale a stage); 0 or absent = not trained. Replay doesn't
-            count.
+            new tokens (on any scale); 0 or absent = not trained. Replay doesn't count.
         unit: printed in tables ("nats/token", "bits/byte").
 
     Raises:
         ValueError: shapes that do not fit, repeated names, an infinite loss, a negative weight, or
-        a
-            trained domain that has no column (it is named).
+            a trained domain that has no column (it is named).
 
     >>> m = LossMatrix(
     ...     [[5.0, 5.0], [2.0, 4.0], [3.0, 1.0]],
@@ -80,14 +76,6 @@ class LossMatrix:
     >>> m.learned, m.forgetting, m.bwt, m.fwt
     ({'en': -3.0, 'fr': -4.0}, {'en': 1.0, 'fr': None}, 1.0, -1.0)
     """
-
-    values: np.ndarray
-    domains: tuple[str, ...]
-    stages: tuple[str, ...]
-    trained: np.ndarray
-    unit: str = "nats/token"
-    _home: tuple[int | None, ...] = field(init=False, repr=False)
-    _first: tuple[int | None, ...] = field(init=False, repr=False)
 
     def __init__(
         self,
@@ -114,18 +102,13 @@ class LossMatrix:
         weights = _weights(trained, domains, stages)
         values.setflags(write=False)
         weights.setflags(write=False)
-        home = tuple(_home_stage(weights[:, j]) for j in range(len(domains)))
-        first = tuple(_first_stage(weights[:, j]) for j in range(len(domains)))
-        for name, value in (
-            ("values", values),
-            ("domains", domains),
-            ("stages", stages),
-            ("trained", weights),
-            ("unit", unit),
-            ("_home", home),
-            ("_first", first),
-        ):
-            object.__setattr__(self, name, value)
+        self.values = values
+        self.domains = domains
+        self.stages = stages
+        self.trained = weights
+        self.unit = unit
+        self._home = [_home_stage(weights[:, j]) for j in range(len(domains))]
+        self._first = [_first_stage(weights[:, j]) for j in range(len(domains))]
 
     @classmethod
     def from_evals(
@@ -143,8 +126,8 @@ class LossMatrix:
             evals: the lines, in any order; "interval" lines are passed over.
             stages, trained: of the whole run; a stage without a "stage_end" line yet (a running
                 job) ends the matrix before it.
-            domains: columns; None = every domain that occurs, in order of first training, then
-            name. unit: "nats_per_token" or "bits_per_byte".
+            domains: columns; None = every domain that occurs, in the order of their training.
+            unit: "nats_per_token" or "bits_per_byte".
 
         Returns:
             A LossMatrix of as many stages as have ended. Cells that no line gives are NaN.

@@ -129,7 +129,11 @@ class MetricsWriter:
         return True
 
     def has_eval(self, step: int, stage_index: int, kind: str) -> bool:
-        """Is that evaluation in evals.jsonl already? (False on processes that don't write.)"""
+        """Is that evaluation in evals.jsonl already?
+
+        Only the first process knows. An evaluation is a joint computation, so with several
+        processes run it again and let `evals` drop the second line.
+        """
         return (step, stage_index, kind) in self._evals_written
 
     def timings(self, line: Mapping[str, Any]) -> None:
@@ -338,9 +342,15 @@ def _replace(path: Path, data: bytes) -> None:
 def _open_tensorboard(logdir: Path, resume_step: int) -> Any:
     from tensorboardX import SummaryWriter
 
-    had_events = logdir.is_dir() and any(logdir.iterdir())
-    # purge_step makes TensorBoard forget the events at and after it, which are written again.
-    return SummaryWriter(str(logdir), purge_step=resume_step if had_events else None, flush_secs=30)
+    files = sorted(logdir.iterdir()) if logdir.is_dir() else []
+    return SummaryWriter(
+        str(logdir),
+        # Makes TensorBoard forget the events at and after this step, which are written again.
+        purge_step=resume_step if files else None,
+        # Names hold whole seconds: without a number, a quick restart would overwrite its forerunner.
+        filename_suffix=f".{len(files):04d}",
+        flush_secs=30,
+    )
 
 
 def _explain(error: OSError, path: Path) -> str:

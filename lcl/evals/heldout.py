@@ -7,7 +7,8 @@
 Bytes are the UTF-8 bytes the *scored* targets stand for, so bits/byte compares models with
 different tokenizers and texts in different languages; nats/token does neither. The end-of-document
 token stands for 0 bytes, yet predicting it costs nats: they count, as a compressor would have to
-pay for them too. Stored documents begin with bos, so their first real token is scored too; bos itself never is.
+pay for them too. Stored documents begin with bos, so their first real token is scored too; bos
+itself never is.
 """
 
 from __future__ import annotations

@@ -347,7 +347,7 @@ def _open_tensorboard(logdir: Path, resume_step: int) -> Any:
         str(logdir),
         # Makes TensorBoard forget the events at and after this step, which are written again.
         purge_step=resume_step if files else None,
-        # Names hold whole seconds: without a number, a quick restart would overwrite its forerunner.
+        # Names hold whole seconds: without a number, a quick restart overwrites the last.
         filename_suffix=f".{len(files):04d}",
         flush_secs=30,
     )

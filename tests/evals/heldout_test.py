@@ -22,7 +22,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def batches(data):
-    held_out = HeldOut(rows_per_domain=6, sequence_length=256, batch_size=4)
+    held_out = HeldOut(rows_per_domain=24, sequence_length=256, batch_size=4)
     return held_out.batches(data, ["aa", "bb"])
 
 
@@ -70,7 +70,7 @@ def test_one_shape_and_one_compilation_for_every_domain(batches):
 
 
 def test_the_rows_are_the_same_on_every_call(data, batches):
-    again = HeldOut(rows_per_domain=6, sequence_length=256, batch_size=4).batches(
+    again = HeldOut(rows_per_domain=24, sequence_length=256, batch_size=4).batches(
         data, ["aa", "bb"]
     )
     for domain in batches:

@@ -182,10 +182,7 @@ class Decoder(nn.Module):
         """
         config = self.config
         x_BTD = self.hidden(tokens_BT, positions_BT, segment_ids_BT, row_index_BT)
-        if config.tie_embeddings:
-            kernel_DV = self.embed.get_variable("params", "embedding").T
-        else:
-            kernel_DV = self.head()
+        kernel_DV = self.embed.embedding.T if config.tie_embeddings else self.head()
         logits_BTV = dense_dot(x_BTD, kernel_DV, compute_dtype=config.dtype)
         return nn.with_logical_constraint(logits_BTV, ("batch", "sequence", "activation_vocab"))
 

@@ -157,10 +157,9 @@ class Embed(nn.Module):
     init_scale: float
     dtype: jnp.dtype
 
-    @nn.compact
-    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        """int32 [B, T] -> [B, T, D]; a token outside the vocabulary gives NaN, not another row."""
-        table_VD = self.param(
+    def setup(self) -> None:
+        """Makes the table, which a tied head reads as well."""
+        self.embedding = self.param(
             "embedding",
             partitioned(
                 truncated_normal(self.init_scale / math.sqrt(self.embed_dim)), ("vocab", "embed")
@@ -168,7 +167,10 @@ class Embed(nn.Module):
             (self.vocab_size, self.embed_dim),
             jnp.float32,
         )
-        return jnp.take(table_VD, tokens_BT, axis=0, mode="fill").astype(self.dtype)
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """int32 [B, T] -> [B, T, D]; a token outside the vocabulary gives NaN, not another row."""
+        return jnp.take(self.embedding, tokens_BT, axis=0, mode="fill").astype(self.dtype)
 
 
 class GatedMlp(nn.Module):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from lcl.attention.api import attend
+from lcl.attention.blocked import blocked
 from lcl.attention.mask import Mask
 from lcl.attention.reference import reference
 
-__all__ = ["Mask", "attend", "reference"]
+__all__ = ["Mask", "attend", "blocked", "reference"]

@@ -108,6 +108,48 @@ class Mask:
             seen = seen & table[query_row, key_row]
         return seen
 
+    def key_range(self, first_row: Any, last_row: Any, num_rows: int) -> tuple[Any, Any]:
+        """A range of keys that holds every key visible to the queries first_row .. last_row.
+
+        What lets a kernel skip whole blocks; `visible` still decides inside of them.
+
+        Args:
+          first_row, last_row: int or NumPy int array, inclusive ends of a block of queries.
+          num_rows: rows there are.
+
+        Returns:
+          (start, stop), half-open, of the shape of first_row.
+
+        Example:
+          >>> [int(x) for x in Mask(window=100).key_range(256, 383, num_rows=1024)]
+          [157, 384]
+        """
+        first_row, last_row = np.asarray(first_row), np.asarray(last_row)
+        start, stop = np.zeros_like(first_row), np.full_like(last_row, num_rows)
+        if self.causal:
+            stop = last_row + 1
+            if self.prefix_length:
+                stop = np.where(
+                    first_row < self.prefix_length, np.maximum(stop, self.prefix_length), stop
+                )
+        return self._within_window(start, stop, first_row, last_row, num_rows)
+
+    def query_range(self, first_row: Any, last_row: Any, num_rows: int) -> tuple[Any, Any]:
+        """A range of queries that holds every query that sees one of the keys first_row .. last_row."""
+        first_row, last_row = np.asarray(first_row), np.asarray(last_row)
+        start, stop = np.zeros_like(first_row), np.full_like(last_row, num_rows)
+        if self.causal:
+            start = first_row
+            if self.prefix_length:
+                start = np.where(first_row < self.prefix_length, 0, start)
+        return self._within_window(start, stop, first_row, last_row, num_rows)
+
+    def _within_window(self, start, stop, first_row, last_row, num_rows):
+        if self.window is not None:
+            start = np.maximum(start, first_row - self.window + 1)
+            stop = np.minimum(stop, last_row + self.window)
+        return start, np.minimum(stop, num_rows)
+
     def dense(self, row_index: Any, segment_ids: Any = None) -> Any:
         """The whole mask, rules on rows and documents together.
 

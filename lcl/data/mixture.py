@@ -1,0 +1,131 @@
+"""Mixtures: which domain each row comes from, exact in every block of rows.
+
+Weights are turned into whole numbers of rows a block (largest remainder), and a keyed permutation
+orders each block. So the shares are exact, not in expectation: no run of bad luck, and the k-th
+row's domain is a pure function of k, whatever was read before and on however many hosts.
+
+    weights a: 0.5, b: 0.3, c: 0.2      block 10
+
+    k            0 1 2 3 4 5 6 7 8 9 | 10 11 12 ...
+    domain       a c b a a b a b c a |  b  a  a ...     5 a, 3 b, 2 c in each block, exactly
+    occurrence   0 0 0 1 2 1 3 2 1 4 |  3  5  6 ...     the how-maniest row of its domain it is
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lcl.data.ordering import named_key, shuffle_with_key
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Domain weights, in rows, constant over a stage.
+
+    Rows of one length hold (nearly) equal numbers of tokens, so shares of rows are shares of tokens
+    up to the padding; the ledger counts the tokens exactly.
+
+    Attributes:
+        weights: domain -> weight > 0; they need not sum to 1.
+        block: rows in which the shares are exact. A weight that is less than about half a row of a
+            block cannot be kept and is refused.
+
+    Example:
+        >>> Mixture({"python": 3, "french": 1}, block=8).counts.tolist()  # french, python
+        [2, 6]
+    """
+
+    weights: Mapping[str, float]
+    block: int = 1024
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.weights, Mapping) or not self.weights:
+            raise ValueError(
+                f"mixture weights are {self.weights!r}; give at least one, as in {{'python': 1.0}}"
+            )
+        for domain, weight in self.weights.items():
+            if not (isinstance(weight, (int, float, np.number)) and 0 < weight < math.inf):
+                raise ValueError(
+                    f"mixture weight of {domain!r} is {weight!r}; give a positive number or remove "
+                    "the domain"
+                )
+        if self.block < 1:
+            raise ValueError(f"mixture block is {self.block}; give at least 1 row")
+        starved = [d for d, count in zip(self.domains, self.counts, strict=True) if not count]
+        if starved:
+            share = self.weights[starved[0]] / sum(self.weights.values())
+            raise ValueError(
+                f"mixture weight of {starved[0]!r} is {share:.3g} of the whole, less than a row "
+                f"in a block of {self.block}; set block to {math.ceil(1 / share)} or more"
+            )
+
+    @functools.cached_property
+    def domains(self) -> tuple[str, ...]:
+        """The domains in sorted order: `locate` answers with indices into them."""
+        return tuple(sorted(self.weights))
+
+    @functools.cached_property
+    def counts(self) -> np.ndarray:
+        """Rows of each domain in every block, int64[D], by the method of largest remainders."""
+        weights = np.array([float(self.weights[d]) for d in self.domains])
+        exact = weights / weights.max()  # first, so that huge weights do not overflow in the sum
+        exact = exact / exact.sum() * self.block
+        counts = np.floor(exact).astype(np.int64)
+        missing = self.block - int(counts.sum())
+        counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
+        return counts
+
+    def locate(self, k: Any, *, key: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Say which domain row k comes from, and which of that domain's rows it is.
+
+        Args:
+            k: int array [n], row numbers >= 0.
+            key: names the order within the blocks (see `lcl.data.ordering.named_key`).
+
+        Returns:
+            (domain index into `domains`, occurrence), both int64[n]. Over k = 0, 1, 2, ... each
+            domain's occurrences are 0, 1, 2, ... in this order, without a gap.
+
+        Example:
+            >>> domain, occurrence = Mixture({"a": 1, "b": 1}, block=2).locate(np.arange(6))
+            >>> occurrence.tolist()
+            [0, 0, 1, 1, 2, 2]
+        """
+        block, place = np.divmod(np.asarray(k, np.int64), self.block)
+        domain = np.empty(place.shape, np.int64)
+        occurrence = np.empty(place.shape, np.int64)
+        for b in set(block.tolist()):  # one or two in a batch
+            here = block == b
+            table, rank = _block_tables(tuple(self.counts.tolist()), key, b)
+            domain[here] = table[place[here]]
+            occurrence[here] = rank[place[here]] + b * self.counts[domain[here]]
+        return domain, occurrence
+
+    def counts_before(self, k: int, *, key: int = 0) -> np.ndarray:
+        """Count the rows of each domain among rows 0 .. k - 1, int64[D], in constant time."""
+        block, place = divmod(int(k), self.block)
+        table, _ = _block_tables(tuple(self.counts.tolist()), key, block)
+        return block * self.counts + np.bincount(table[:place], minlength=len(self.counts))
+
+
+@functools.lru_cache(maxsize=128)
+def _block_tables(counts: tuple[int, ...], key: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """Order one block: (domain of each place, rank of the place among its domain's), int64[block].
+
+    The cache only saves time: a block serves many steps, and the tables are a function of the
+    arguments.
+    """
+    domains = np.repeat(np.arange(len(counts)), counts)
+    table = domains[shuffle_with_key(len(domains), named_key("block", key, block, bits=128))]
+    by_domain = np.argsort(table, kind="stable")
+    rank = np.empty_like(table)
+    rank[by_domain] = np.arange(len(table)) - np.repeat(np.cumsum(counts) - counts, counts)
+    for array in (table, rank):
+        array.flags.writeable = False
+    return table, rank

@@ -1,0 +1,334 @@
+"""The stream: step -> Batch, a pure function of (stores, settings, seed, step).
+
+    stores -> order -> layout -> plan      which row of a domain is its k-th        plans.py
+              stages -> mixture            which domain the stage's k-th row is of  mixture.py
+                        replay             which earlier row the j-th replay is     replay.py
+    step t -> stage, row numbers -> (domain, row) -> slices -> tokens               batch.py
+
+There is no iterator state: `stream.batch(t)` answers for any t, in any order, in any process. So
+the checkpoint of the data is the integer t, a resume cannot repeat or skip, and the global batch
+does not depend on how many hosts or devices share it (each asks for its rows of the one global
+order).
+
+The rows of a step, in a stage of batch_size 4 with replay (add, fraction 1/3):
+
+    row          0    1    2    3   |  4    5         new rows first, then replayed ones
+    domain       fr   fr   en   fr  |  en   en
+    source_ids   1    1    0    1   |  D+0  D+0
+
+A domain goes on where the stage before left it: while the row length, packing and order stay the
+same, a row comes again only when all the domain's rows have been used (the next epoch). A stage
+with other rows (another sequence_length, say) starts the domain anew.
+"""
+
+from __future__ import annotations
+
+import bisect
+import difflib
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from lcl.data.batch import Batch, gather_rows, layout_group
+from lcl.data.fingerprints import fingerprint
+from lcl.data.planner import PlannedStage, Planner, StageData
+from lcl.data.plans import Plan, rows_at
+
+if TYPE_CHECKING:
+    import grain
+
+_VERSION = 1  # raise it when the same settings give other batches
+
+
+class RowOrigin(NamedTuple):
+    """Where a row of a batch comes from, for error messages and inspection.
+
+    domain: name; epoch: the how-maniest use of the domain (of the pool, when replayed); row: of the
+    plan's layout; replay: whether it is replayed; slices: ((document id, start, length), ...), in
+    transitions.
+    """
+
+    domain: str
+    epoch: int
+    row: int
+    replay: bool
+    slices: tuple[tuple[int, int, int], ...]
+
+
+class _Located(NamedTuple):
+    """Rows of a batch as (plan, epoch or pass, row of the plan's layout, replayed?), int64[n]."""
+
+    plan: np.ndarray
+    epoch: np.ndarray
+    row: np.ndarray
+    replay: np.ndarray
+
+
+class Stream:
+    """All batches of a run, by step. Make one with `build_stream`.
+
+    Attributes:
+        num_steps: of all stages together.
+        domains: names of the domains, sorted; the index is the source id (+ D when replayed).
+        stage_names: names of the stages.
+        stage_starts: first step of each stage.
+        fingerprint: hash of the stores, the settings and the seed. Equal fingerprints mean equal
+            batches at every step that both streams have: the length of the last stage is left out,
+            so that a run may be prolonged.
+    """
+
+    def __init__(
+        self,
+        domains: Sequence[str],
+        plans: Sequence[Plan],
+        stages: Sequence[PlannedStage],
+        name: str,
+    ):
+        """Use `build_stream`."""
+        self.domains = tuple(domains)
+        self.fingerprint = name
+        self.stage_names = tuple(stage.name for stage in stages)
+        self.stage_starts = tuple(stage.start for stage in stages)
+        self.num_steps = stages[-1].start + stages[-1].num_steps
+        self._plans = tuple(plans)
+        self._stages = tuple(stages)
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def stage_at(self, t: int) -> int:
+        """Return the index of the stage that step t belongs to."""
+        if not 0 <= t < self.num_steps:
+            raise IndexError(f"step {t} is outside the stream's steps 0 to {self.num_steps - 1}")
+        return bisect.bisect_right(self.stage_starts, t) - 1
+
+    def batch_shape(self, t: int) -> tuple[int, int]:
+        """Return (B, T) of step t's global batch, replayed rows included."""
+        stage = self._stages[self.stage_at(t)]
+        return stage.batch_rows, stage.data.sequence_length
+
+    def _locate(self, t: int, rows: slice | np.ndarray | None) -> _Located:
+        stage = self._stages[self.stage_at(t)]
+        step = t - stage.start
+        places = np.arange(stage.batch_rows)
+        if rows is not None:
+            places = places[rows]
+        replay = places >= stage.new_rows
+        plan, use = np.empty_like(places), np.empty_like(places)
+        k = step * stage.new_rows + places[~replay]
+        domain, occurrence = stage.data.mixture.locate(k, key=stage.mixture_key)
+        plan[~replay] = stage.plans[domain]
+        use[~replay] = stage.used[domain] + occurrence
+        passes = None
+        if stage.pool is not None and replay.any():
+            j = step * stage.replay_rows + places[replay] - stage.new_rows
+            passes, pool_plan, use[replay] = stage.pool.locate(j)
+            plan[replay] = stage.pool_plans[pool_plan]
+        epoch, row = rows_at(self._plans, plan, use)
+        if passes is not None:
+            epoch[replay] = passes
+        return _Located(plan, epoch, row, replay)
+
+    def batch(self, t: int, rows: slice | np.ndarray | None = None) -> Batch:
+        """Return step t's batch, or some of its rows.
+
+        Args:
+            t: step, 0 <= t < num_steps.
+            rows: which rows of the global batch (a slice, int[n] or bool[B]); None: all. The rows
+                are the same whoever asks for them, alone or together.
+
+        Returns:
+            A Batch of [n, T].
+        """
+        stage = self._stages[self.stage_at(t)]
+        located = self._locate(t, rows)
+        kind = 2 * located.plan + located.replay
+        groups = []
+        for one in np.unique(kind).tolist():
+            places = np.flatnonzero(kind == one)
+            plan = self._plans[one // 2]
+            source_id = plan.domain + (len(self.domains) if one % 2 else 0)
+            groups.append(
+                layout_group(plan.store, plan.layout, located.row[places], places, source_id)
+            )
+        return gather_rows(
+            groups, len(kind), stage.data.sequence_length, document_mask=stage.data.document_mask
+        )
+
+    def rows(self, t: int, rows: slice | np.ndarray | None = None) -> list[RowOrigin]:
+        """Say where each row of step t's batch comes from (arguments as in `batch`)."""
+        located = self._locate(t, rows)
+        origins = []
+        for p, epoch, row, replay in zip(*(a.tolist() for a in located), strict=True):
+            plan = self._plans[p]
+            slices = plan.layout.rows([row])
+            ids = np.asarray(plan.store.document_ids)[slices.document]
+            parts = zip(ids.tolist(), slices.start.tolist(), slices.length.tolist(), strict=True)
+            origins.append(RowOrigin(self.domains[plan.domain], epoch, row, replay, tuple(parts)))
+        return origins
+
+    def dataset(
+        self, start: int = 0, stop: int | None = None, rows: slice | np.ndarray | None = None
+    ) -> grain.MapDataset:
+        """Return a grain MapDataset whose element k is `batch(start + k, rows)`.
+
+        The element is a whole batch, so grain's own state is one integer too. Read it with
+        `.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))`: one thread
+        that works ahead is enough for memory-mapped tokens, more only contend.
+
+        Args:
+            start: first step.
+            stop: one past the last; None: the end of the stream.
+            rows: rows of each batch, as in `batch` (this host's).
+        """
+        import grain  # imports jax, which nothing else here needs
+
+        stop = self.num_steps if stop is None else stop
+        if not 0 <= start <= stop <= self.num_steps:
+            raise ValueError(
+                f"steps {start} to {stop} are not within the stream's 0 to {self.num_steps}; "
+                "give 0 <= start <= stop <= num_steps"
+            )
+        return grain.MapDataset.source(_Steps(self, start, stop, rows))
+
+    def ledger(self, t: int) -> dict[str, dict[str, float]]:
+        """Count the tokens (loss-bearing transitions) of steps 0 .. t - 1, exactly.
+
+        Closed forms and prefix sums: the cost does not grow with t (apart from the first call after
+        a resume, which goes once over the current epoch's row lengths).
+
+        Args:
+            t: number of steps, 0 <= t <= num_steps.
+
+        Returns:
+            domain -> {"new_tokens": int, "replayed_tokens": int, "epochs": float}, for every
+            domain; epochs is new tokens / tokens of the domain's train store (0.0 for one not
+            trained on).
+        """
+        if not 0 <= t <= self.num_steps:
+            raise IndexError(f"{t} steps are not within the stream's 0 to {self.num_steps}")
+        used = np.zeros(len(self._plans), np.int64)
+        replayed = np.zeros(len(self.domains), np.int64)
+        for stage in self._stages:
+            steps = min(t - stage.start, stage.num_steps)
+            if steps <= 0:
+                break
+            used[stage.plans] += stage.counts_before(steps)
+            if stage.pool is not None:
+                replayed += stage.pool.tokens_in_first(steps * stage.replay_rows)
+        new, size = np.zeros_like(replayed), np.zeros_like(replayed)
+        for plan, count in zip(self._plans, used.tolist(), strict=True):
+            new[plan.domain] += plan.tokens_in_first(count)
+            size[plan.domain] = _num_transitions(plan.store)
+        return {
+            domain: {
+                "new_tokens": int(new[d]),
+                "replayed_tokens": int(replayed[d]),
+                "epochs": float(new[d] / size[d]) if size[d] else 0.0,
+            }
+            for d, domain in enumerate(self.domains)
+        }
+
+    def __str__(self) -> str:
+        """Describe the stages and their plans in a table."""
+        lines = [f"stream of {self.num_steps:,} steps, fingerprint {self.fingerprint}"]
+        for stage in self._stages:
+            lines.append(
+                f"  {stage.name}: steps {stage.start:,} to {stage.start + stage.num_steps:,}, "
+                f"{stage.new_rows} new + {stage.replay_rows} replayed rows x "
+                f"{stage.data.sequence_length:,}"
+            )
+            shares = stage.data.mixture.counts / stage.data.mixture.block
+            rows = stage.counts_before(stage.num_steps)
+            for p, share, count in zip(stage.plans, shares, rows, strict=True):
+                plan = self._plans[p]
+                lines.append(
+                    f"    {self.domains[plan.domain]}: {share:.4g} of the new rows, {count:,} of "
+                    f"{plan.num_rows:,} rows ({count / plan.num_rows:.3g} epochs), fill "
+                    f"{plan.layout.fill:.4f}, {plan.layout.num_cut_documents:,} documents cut"
+                )
+            if stage.pool is not None:
+                lines.append(f"    replay: from {stage.pool.num_rows:,} rows")
+        return "\n".join(lines)
+
+
+class _Steps:
+    """The random-access source behind `Stream.dataset`."""
+
+    def __init__(self, stream: Stream, start: int, stop: int, rows: slice | np.ndarray | None):
+        self._stream, self._start, self._stop, self._rows = stream, start, stop, rows
+
+    def __len__(self) -> int:
+        return self._stop - self._start
+
+    def __getitem__(self, k: Any) -> Batch:
+        return self._stream.batch(self._start + int(k), self._rows)
+
+    def __repr__(self) -> str:
+        return f"lcl.Stream({self._stream.fingerprint}, {self._start}, {self._stop}, {self._rows})"
+
+
+def build_stream(
+    data: Any,
+    stages: Sequence[tuple[str, StageData, int]],
+    *,
+    seed: int,
+    domains: Sequence[str] | None = None,
+    plan_dir: str | os.PathLike[str] | None = None,
+) -> Stream:
+    """Open the train stores and plan every row of a run.
+
+    Args:
+        data: where the stores are (`lcl.data.Data`).
+        stages: (name, StageData, number of steps) in order.
+        seed: of the orders, mixtures and replay.
+        domains: all domains of the run, trained on or not: the numbering of source ids. None: those
+            of the mixtures.
+        plan_dir: where layouts are kept between runs; None: in memory only.
+
+    Returns:
+        The Stream.
+
+    Raises:
+        ValueError: no stage, no steps, an unknown domain, an empty store.
+    """
+    if not stages:
+        raise ValueError("there is no stage; give at least one (name, StageData, number of steps)")
+    trained = {d for _, stage_data, _ in stages for d in stage_data.mixture.domains}
+    names = tuple(sorted(trained if domains is None else set(domains)))
+    for name, stage_data, num_steps in stages:
+        if num_steps < 1:
+            raise ValueError(f"stage {name!r} has {num_steps} steps; give at least 1 or remove it")
+        for domain in stage_data.mixture.domains:
+            if domain not in names:
+                near = difflib.get_close_matches(domain, names, n=1)
+                raise ValueError(
+                    f"stage {name!r} trains on {domain!r}, which is not among the run's domains "
+                    f"{', '.join(names)}; " + (f"did you mean {near[0]!r}?" if near else "add it")
+                )
+    stores = {domain: data.open(domain, "train") for domain in sorted(trained)}
+    for domain, store in stores.items():
+        if not _num_transitions(store):
+            raise ValueError(
+                f"store of {domain!r} has no tokens to train on; prepare more documents of it or "
+                "take it out of the mixtures"
+            )
+    planner = Planner(names, stores, seed, plan_dir)
+    built = [planner.add_stage(name, stage_data, steps) for name, stage_data, steps in stages]
+    settings = [[data.settings(), steps] for _, data, steps in stages]
+    settings[-1][1] = 0  # the last stage's length decides no batch
+    stream_name = fingerprint(
+        "stream",
+        _VERSION,
+        seed,
+        list(names),
+        {domain: store.fingerprint for domain, store in stores.items()},
+        settings,
+    )
+    return Stream(names, planner.plans, built, stream_name)
+
+
+def _num_transitions(store: Any) -> int:
+    return int(store.offsets[-1] - np.count_nonzero(np.diff(store.offsets)))

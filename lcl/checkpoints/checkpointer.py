@@ -195,7 +195,9 @@ class Checkpointer:
 
     # Restoring -------------------------------------------------------------------------------
 
-    def restore_latest(self, abstract_state: Any, *, before: int | None = None) -> Restored | None:
+    def restore_latest(
+        self, abstract_state: Any, *, before: int | None = None, partial: bool = False
+    ) -> Restored | None:
         """The newest checkpoint that reads back bit for bit.
 
         A torn or corrupted one is named in a log line and the one before is tried; once a good one
@@ -203,7 +205,9 @@ class Checkpointer:
 
         Args:
             abstract_state: pytree of `jax.ShapeDtypeStruct` with shardings (rules.abstract_state),
-            of any mesh. before: only steps below this one (to roll back).
+                of any mesh.
+            before: only steps below this one (to roll back).
+            partial: as for `restore`.
 
         Returns:
             None when there is no checkpoint.
@@ -216,7 +220,7 @@ class Checkpointer:
         bad: list[int] = []
         for step in reversed(steps):
             try:
-                restored = self._restore(step, abstract_state)
+                restored = self._restore(step, abstract_state, partial)
             except Damaged as error:
                 self._log(f"checkpoint {step} is damaged ({error}): trying the one before it")
                 bad.append(step)
@@ -232,29 +236,35 @@ class Checkpointer:
             )
         return None
 
-    def restore(self, step: int, abstract_state: Any) -> Restored:
+    def restore(
+        self, abstract_state: Any, step: int | None = None, *, partial: bool = False
+    ) -> Restored:
         """One step's state, or a part of it.
 
         Args:
-            step: completed updates.
-            abstract_state: as for `restore_latest`; a part such as {"params": ...} reads only that
-            part.
+            abstract_state: as for `restore_latest`.
+            step: completed updates; None = the newest that reads back.
+            partial: `abstract_state` has only some of the state's top-level parts, such as
+                {"params": ...} for a warm start; only these are read. Each must match whole.
 
         Raises:
             CheckpointError: no such step, damaged, or of another model.
         """
         self.wait()
-        if step not in self.steps():
+        if step is None and (newest := self.restore_latest(abstract_state, partial=partial)):
+            return newest
+        if step is None or step not in self.steps():
             have = ", ".join(map(str, self.steps())) or "none"
-            raise CheckpointError(f"no checkpoint of step {step} in {self.directory}: have {have}")
+            which = "" if step is None else f" of step {step}"
+            raise CheckpointError(f"no checkpoint{which} in {self.directory}: have {have}")
         try:
-            return self._restore(step, abstract_state, partial=True)
+            return self._restore(step, abstract_state, partial)
         except Damaged as error:
             raise CheckpointError(
                 f"checkpoint {step} in {self.directory} is damaged ({error}): use another step"
             ) from None
 
-    def _restore(self, step: int, abstract_state: Any, partial: bool = False) -> Restored:
+    def _restore(self, step: int, abstract_state: Any, partial: bool) -> Restored:
         document = self._read_document(step)
         self._check_same_model(step, document["leaves"], named_leaves(abstract_state), partial)
         state = self._collective(lambda: self._read_state(step, abstract_state, partial))
@@ -322,8 +332,13 @@ class Checkpointer:
                 difference = f"{name} is {saved[name]['array']} there and {describe(leaf)} here"
             if difference:
                 break
-        extra = [name for name in saved if name not in wanted]
-        if not difference and extra and not partial:
+        parts = {name.split("/")[0] for name in wanted}
+        extra = [
+            name
+            for name in saved
+            if name not in wanted and (not partial or name.split("/")[0] in parts)
+        ]
+        if not difference and extra:
             difference = f"it has {extra[0]}, which this model has not"
         if difference:
             raise CheckpointError(

@@ -48,6 +48,8 @@ ROOMS = (
     "lcl.checkpoints",
     "lcl.evals",
     "lcl.report",
+    "lcl.policies",
+    "lcl.policies",
     "lcl.stages",
     "lcl.train",
 )

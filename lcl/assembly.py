@@ -41,6 +41,8 @@ log = logs.getLogger("lcl")
 
 # A model may pad its vocabulary up to this multiple of the tokenizer's, so that it splits evenly.
 VOCABULARY_PADDING = 256
+# The whole configuration as gin text, beside the run card.
+CONFIG_FILE = "config.gin"
 # Batches that the host prepares ahead of the device.
 PREFETCH = 4
 
@@ -71,6 +73,7 @@ class Assembly:
     compile_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     _compiled: dict[Any, Any] = dataclasses.field(default_factory=dict)
     _run_dir: pathlib.Path | None = None
+    _config_text: str | None = None
 
     @property
     def num_steps(self) -> int:
@@ -235,9 +238,11 @@ class Assembly:
 
     # ---- the run card ------------------------------------------------------------------------
 
-    def claim(self, run_dir: pathlib.Path, *, allow_changes: bool) -> None:
+    def claim(
+        self, run_dir: pathlib.Path, config_text: str | None, *, allow_changes: bool
+    ) -> None:
         """Writes the run card, or refuses a directory that holds a run of another configuration."""
-        self._run_dir = run_dir
+        self._run_dir, self._config_text = run_dir, config_text
         new = self._card(step=0)
         old = run_card.read_card(run_dir)
         if old is not None:
@@ -245,6 +250,10 @@ class Assembly:
             run_card.check_card(old["identity"], grown, allow_changes=allow_changes)
         if jax.process_index() == 0:
             run_card.write_card(run_dir, new)
+            if config_text is not None:
+                draft = run_dir / f"{CONFIG_FILE}.tmp"
+                draft.write_text(config_text)
+                draft.replace(run_dir / CONFIG_FILE)
 
     def finish_card(self, step: int) -> None:
         """Writes the run card again, with the token ledger and the compilations."""
@@ -256,6 +265,7 @@ class Assembly:
         domains = self.stream.domains
         return {
             "identity": dict(self.identity),
+            "config": self._config_text,
             "versions": run_card.versions(),
             "git_revision": run_card.git_revision(),
             "seed": self.seed,

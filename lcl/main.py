@@ -200,9 +200,8 @@ def _train(arguments: argparse.Namespace) -> int:
     _prepare_jax()
     from lcl.train import train
 
-    kwargs = settings.kwargs("train", **overrides)
-    _write_config(pathlib.Path(kwargs["run_dir"]), settings.operative_text("train", **overrides))
-    train(**kwargs)
+    text = settings.operative_text("train", **overrides)
+    train(**settings.kwargs("train", **overrides), config_text=text)
     return 0
 
 
@@ -217,8 +216,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     settings = config.load([str(own), *arguments.gin_files], arguments.bindings)
     kwargs = settings.kwargs("train", run_dir=arguments.run_dir)
-    for unused in ("logging", "allow_changes"):
-        kwargs.pop(unused, None)
     step, domains = evaluate(**kwargs, step=arguments.step)
     if arguments.json:
         print(json.dumps({"step": step, "domains": domains}, indent=2))
@@ -258,17 +255,6 @@ def _prepare_jax() -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "lcl", "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     initialize_distributed()
-
-
-def _write_config(run_dir: pathlib.Path, text: str) -> None:
-    """Leaves the operative configuration beside the run, unless the run has one already."""
-    path = run_dir / CONFIG_FILE
-    if path.exists():
-        return
-    run_dir.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(text)
-    draft.replace(path)
 
 
 def _pairs(option: str, values: Sequence[str]) -> dict[str, str]:

@@ -8,6 +8,8 @@ import math
 import os
 import pathlib
 
+__all__ = ["Guard", "Logging", "NonFiniteError", "check_finite", "leave_out", "read_left_out"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Logging:

@@ -85,7 +85,12 @@ class Recorder:
         for (step, span, _), metrics in zip(self._pending, host, strict=True):
             if metrics is None:
                 self._writer.metrics(
-                    {"step": step, "stage": span.stage.name, "left_out": True, "tokens": self.tokens}
+                    {
+                        "step": step,
+                        "stage": span.stage.name,
+                        "left_out": True,
+                        "tokens": self.tokens,
+                    }
                 )
                 continue
             check_finite(

@@ -26,6 +26,8 @@ from lcl.data import StageData
 from lcl.models.rope import Rope
 from lcl.optim import carry_over
 
+__all__ = ["Span", "Stage", "changes_state", "enter", "timeline"]
+
 Transform = Callable[[Any], Any]
 
 

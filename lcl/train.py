@@ -40,6 +40,7 @@ from lcl.stages import Span, Stage
 from lcl.step import TrainState, make_eval_step, make_train_step
 
 __all__ = ["evaluate", "make_eval_step", "make_train_step", "train"]
+CONFIGURABLES = ("train",)
 
 log = logs.getLogger("lcl")
 
@@ -59,6 +60,7 @@ def train(
     logging: Logging,
     guard: Guard,
     allow_changes: bool = False,
+    config_text: str | None = None,
 ) -> pathlib.Path:
     """Trains `model` through `stages`, or goes on where this run's directory says it was.
 
@@ -77,6 +79,8 @@ def train(
       logging: what is shown and how often.
       guard: what happens on a NaN.
       allow_changes: go on although the configuration differs from the one this run began with.
+      config_text: the whole configuration as gin text, kept beside the run for `lcl evaluate` and
+        the report; None where the objects were made in Python.
 
     Returns:
       The run's directory.
@@ -98,7 +102,7 @@ def train(
         evaluation=evaluation,
         guard=guard,
     )
-    run.claim(run_dir, allow_changes=allow_changes)
+    run.claim(run_dir, config_text, allow_changes=allow_changes)
     with Preemption() as preemption:
         while True:
             try:

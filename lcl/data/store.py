@@ -229,6 +229,7 @@ class StoreWriter:
         tokenizer_spec: str | None = None,
         licence: str = "not recorded",
         settings: Mapping[str, Any] | None = None,
+        inputs: str = "",
     ):
         """Opens a store for writing.
 
@@ -240,6 +241,8 @@ class StoreWriter:
             tokenizer_spec: what to record; a relative file name counts from the store's root.
             licence: one line.
             settings: whatever else made these documents; JSON, part of the fingerprint.
+            inputs: a hash by which `prepare` knows whether the store is up to date; no part of the
+                fingerprint.
         """
         if split not in SPLITS:
             raise StoreError(f"unknown split {split!r}; use {' or '.join(SPLITS)}")
@@ -257,6 +260,7 @@ class StoreWriter:
             "eos_id": tokenizer.eos_id,
             "licence": licence,
             "settings": dict(settings or {}),
+            "inputs": inputs,
         }
         self._partial = f"{self.path}.partial-{os.getpid()}"
         self._dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
@@ -390,7 +394,7 @@ class Data:
     """Where the stores are: a root directory with one folder a domain.
 
     Attributes:
-        root: the directory that `lcl prepare --out ROOT` filled.
+        root: the directory that `lcl prepare --root ROOT` filled.
     """
 
     root: str
@@ -427,7 +431,7 @@ class Data:
             there = f"there are {', '.join(known)}" if known else "there are none yet"
             raise StoreError(
                 f"unknown domain {domain!r} in {self.root!r}{hint} ({there}; "
-                f"`lcl prepare CORPUS --out {self.root}` makes more)"
+                f"`lcl prepare CORPUS --root {self.root}` makes more)"
             )
         self._one_tokenizer()
         return Store.open(os.path.join(self.root, domain, split))
@@ -458,9 +462,9 @@ class Data:
 
 
 def _pieces(text: str) -> list[str] | tuple[str, ...]:
-    """Cuts a very long text where a line begins with a letter: there, tokens do not cross.
+    r"""Cuts a very long text where a line begins with a letter: there, tokens do not cross.
 
-    "one\\n two\\nthree"  ->  "one\\n two\\n" | "three"        (had it been a million characters)
+    "one\n two\nthree"  ->  "one\n two\n" | "three"        (had it been a million characters)
     """
     if len(text) <= _CHUNK_CHARACTERS:
         return (text,)

@@ -189,7 +189,7 @@ class HuggingFaceTokenizer:
                 "a hf: tokenizer needs the package tokenizers: pip install 'lcl[hf]'"
             ) from error
 
-        data = _read(path, "tokenizer.json")
+        self.data = data = _read(path, "tokenizer.json")
         try:
             description = json.loads(data)
             self._tokenizer = tokenizers.Tokenizer.from_str(data.decode("utf-8"))

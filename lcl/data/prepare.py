@@ -1,0 +1,562 @@
+"""`lcl prepare`: from corpora and your own text to a root of tokenised stores.
+
+    corpora, folders, jsonl  ->  documents  ->  unique, split  ->  <root>/<domain>/{train,heldout}
+
+Calling it again costs nothing: a store whose inputs (packages, files, settings, tokenizer) have not
+changed is left alone. A domain appears in the root when all of it is written, by a rename; a
+process killed at any moment leaves what was there before.
+
+A root is self-contained: the tokenizer's file, if it has one, is copied to <root>/tokenizer/.
+`tokenizer="sentencepiece:16000"` trains a SentencePiece model with 16000 ids on the training split
+of the corpora named in the call (the same share of bytes from each) and keeps it there; a later
+call with the same words, to add a domain to the root, uses the model that is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from lcl.data import corpora as registry
+from lcl.data.corpora import apt
+from lcl.data.fingerprints import fingerprint
+from lcl.data.sources import (
+    DEFAULT_PATTERNS,
+    HELDOUT,
+    TRAIN,
+    Document,
+    Ledger,
+    SourceError,
+    first_heldout_group,
+    folder_documents,
+    folder_files,
+    jsonl_documents,
+    jsonl_files,
+    keep_and_split,
+)
+from lcl.data.store import FORMAT_VERSION, META_FILE, SPLITS, Data, Store, StoreWriter
+from lcl.data.tokenizers import (
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    TokenizerError,
+    load_tokenizer,
+    train_sentencepiece,
+    write_atomically,
+)
+
+TOKENIZER_FOLDER = "tokenizer"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+# Text for training a tokenizer, in all: enough for 64k ids, seconds on two cores.
+_TRAINING_BYTES = 32_000_000
+
+Log = Callable[[str], None]
+Split = Iterator[tuple[str, Document]]
+
+
+class PrepareError(ValueError):
+    """Something that keeps the stores from being made; one line that says the mend."""
+
+
+@dataclasses.dataclass
+class _Domain:
+    """A domain to make: where its documents come from, and what is known before they are read.
+
+    Attributes:
+        name: of the domain.
+        licence: one line.
+        settings: what decides its documents; goes into the store's fingerprint.
+        inputs: what else must be unchanged for the store to be up to date (files, their times).
+        open: reads the documents: (split, document) pairs, the ledger they are counted in (it is
+            complete when they have been read), copyright files, number of documents if known.
+        streams: whether the documents are read as they are asked for (a limit then saves time).
+    """
+
+    name: str
+    licence: str
+    settings: dict[str, Any]
+    inputs: Any
+    open: Callable[[], _Opened]
+    streams: bool
+
+
+@dataclasses.dataclass
+class _Opened:
+    documents: Split
+    ledger: Ledger
+    copyrights: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    total: int | None = None
+
+
+def default_cache_dir() -> str:
+    """Where downloaded packages and built corpora are kept: the user's cache folder."""
+    if sys.platform == "darwin":
+        base = os.path.expanduser("~/Library/Caches")
+    else:
+        base = os.path.expanduser("~/.cache")
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or base, "lcl")
+
+
+def prepare(
+    corpora: Sequence[str] = (),
+    *,
+    root: str | os.PathLike[str],
+    tokenizer: str = "byte",
+    heldout_fraction: float = 0.05,
+    folders: Mapping[str, str] | None = None,
+    jsonl: Mapping[str, str] | None = None,
+    seed: int = 0,
+    cache_dir: str | None = None,
+    limit_documents: int | None = None,
+    force: bool = False,
+    log: Log = print,
+) -> list[Store]:
+    """Makes the stores of the named corpora and of your own text.
+
+    Args:
+        corpora: names from `lcl.data.corpora.available()`.
+        root: directory of the stores; made if need be.
+        tokenizer: "byte", "sentencepiece:PATH.model", "hf:PATH/tokenizer.json", or
+            "sentencepiece:N" to train one with N ids on the training text.
+        heldout_fraction: share of the documents kept from training, 0 < f < 1.
+        folders: domain name -> folder of .txt and .md files, or a pattern ("notes/**/*.rst").
+        jsonl: domain name -> file, folder or pattern of .jsonl(.gz) with a field "text" a line.
+        seed: of the split; all domains that may be evaluated together should share it.
+        cache_dir: for downloads and built corpora; default: the user's cache folder.
+        limit_documents: at most so many documents a domain, held-out ones included: for a try.
+        force: make the stores again even if they are up to date.
+        log: gets a line for each thing done.
+
+    Returns:
+        The stores, both splits of each domain, in the order asked for: corpora, folders, jsonl.
+
+    Raises:
+        ValueError: bad input; one line that names it and the mend. What was in the root stays.
+    """
+    root = os.path.abspath(os.fspath(root))
+    cache_dir = cache_dir or default_cache_dir()
+    if not 0.0 < heldout_fraction < 1.0:
+        raise PrepareError(
+            f"heldout_fraction {heldout_fraction} must lie between 0 and 1: say 0.05"
+        )
+    if limit_documents is not None and limit_documents < 2:
+        raise PrepareError(f"limit_documents {limit_documents} must be at least 2, or None")
+    split = {"heldout_fraction": heldout_fraction, "seed": seed}
+    folders, jsonl = dict(folders or {}), dict(jsonl or {})
+    _check_names([*corpora, *folders, *jsonl], set(folders) | set(jsonl))
+    domains = [_corpus(name, split, cache_dir, log) for name in corpora]
+    domains += [_folder(name, path, split) for name, path in folders.items()]
+    domains += [_jsonl(name, path, split) for name, path in jsonl.items()]
+    if not domains:
+        raise PrepareError("nothing to prepare: name a corpus, a folder or a jsonl file")
+    for domain in domains:
+        if limit_documents is not None:
+            domain.settings["limit_documents"] = limit_documents
+    try:
+        os.makedirs(root, exist_ok=True)
+        with _lock(root, log):
+            _remove_leftovers(root)
+            chosen, spec = _choose_tokenizer(tokenizer, root, domains, force, log)
+            stores: list[Store] = []
+            for domain in domains:
+                stores += _make(domain, root, chosen, spec, limit_documents, force, log)
+    except OSError as error:
+        raise PrepareError(
+            f"cannot write {error.filename or root!r} ({error.strerror or error}); nothing was "
+            "lost: make room or choose another root, and prepare again"
+        ) from error
+    Data(root).tokenizer()  # All stores of the root must agree.
+    return stores
+
+
+def show(root: str | os.PathLike[str]) -> str:
+    """A table of the stores under a root, and their ledgers."""
+    data = Data(os.fspath(root))
+    rows = [("domain", "split", "documents", "tokens", "bytes", "fingerprint", "licence")]
+    ledgers = []
+    for domain in data.domains():
+        for split in SPLITS:
+            if not os.path.exists(os.path.join(data.root, domain, split, META_FILE)):
+                continue
+            store = data.open(domain, split)
+            rows.append(
+                (
+                    domain,
+                    split,
+                    f"{store.num_documents:,}",
+                    f"{store.num_tokens:,}",
+                    f"{store.num_bytes:,}",
+                    store.fingerprint[:12],
+                    str(store.meta["licence"]),
+                )
+            )
+            if split == TRAIN and store.meta["ledger"]:
+                ledgers.append(f"{domain}: {Ledger.from_json(store.meta['ledger'])}")
+    if len(rows) == 1:
+        return f"no stores in {data.root!r}; make some with `lcl prepare`"
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if 2 <= i <= 4 else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    lines.insert(1, "-" * max(map(len, lines)))
+    tokenizer = data.tokenizer()
+    head = f"{data.root}: tokenizer {tokenizer.spec}, {tokenizer.vocab_size:,} ids"
+    return "\n".join([head, "", *lines, "", *ledgers])
+
+
+# ---- where documents come from
+
+
+def _check_names(names: Sequence[str], own: set[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise PrepareError(f"domain {name!r} is named twice; give each source its own name")
+        if name in own and (
+            not _NAME.fullmatch(name) or ".partial-" in name or name == TOKENIZER_FOLDER
+        ):
+            raise PrepareError(
+                f"{name!r} cannot name a domain; use letters, digits, '-', '_' and '.'"
+            )
+        if name in own and name in registry.available():
+            raise PrepareError(
+                f"{name!r} is the name of a corpus; choose another for your own text"
+            )
+
+
+def _corpus(name: str, split: dict[str, Any], cache_dir: str, log: Log) -> _Domain:
+    corpus = registry.get(name)
+    package_dir = os.path.join(cache_dir, "packages")
+    packages = apt.resolve(corpus.packages, package_dir, log=log) if corpus.needs_apt else []
+    # Only the settings: the TFDS builder behind them is imported when something is to be built.
+    from lcl.data.corpora import builder
+
+    def open_corpus() -> _Opened:
+        apt.fetch(packages, package_dir, log=log)
+        with _Bar(f"{name}: reading", None) as bar:
+            built = builder.build(
+                corpus,
+                packages,
+                os.path.join(cache_dir, "corpora"),
+                progress=bar.watch,
+                **split,
+            )
+        documents = ((s, d) for s in (TRAIN, HELDOUT) for d in built.documents(s))
+        total = sum(len(source) for source in built.splits.values())
+        return _Opened(documents, built.ledger, built.copyrights, total)
+
+    settings = builder.settings(corpus, packages, **split)
+    return _Domain(name, corpus.licence, settings, None, open_corpus, streams=False)
+
+
+def _folder(name: str, path: str, split: dict[str, Any]) -> _Domain:
+    files = [file for file, _ in folder_files(path)]
+
+    def read(ledger: Ledger) -> Iterator[Document]:
+        return folder_documents(path, ledger)
+
+    settings = {"source": "folder", "patterns": list(DEFAULT_PATTERNS)}
+    return _own_text(name, path, files, read, settings, split)
+
+
+def _jsonl(name: str, path: str, split: dict[str, Any]) -> _Domain:
+    def read(ledger: Ledger) -> Iterator[Document]:
+        return jsonl_documents(path, ledger)
+
+    settings = {"source": "jsonl", "field": "text"}
+    return _own_text(name, path, jsonl_files(path), read, settings, split)
+
+
+def _own_text(
+    name: str,
+    path: str,
+    files: Sequence[str],
+    read: Callable[[Ledger], Iterator[Document]],
+    settings: dict[str, Any],
+    split: dict[str, Any],
+) -> _Domain:
+    def open_text() -> _Opened:
+        # Usually one pass. A small source may fall on one side of the split: then it is read again.
+        ledger = Ledger()
+        sides: set[str] = set()
+        for side, _ in keep_and_split(read(ledger), ledger, **split):
+            sides.add(side)
+            if len(sides) == 2:
+                break
+        group = None
+        if len(sides) < 2:
+            group = first_heldout_group(read(Ledger()), seed=split["seed"])
+            if group is None:
+                raise SourceError(
+                    f"{path!r} has {len(sides) or 'no'} document to use, and two are needed, one "
+                    f"of them to hold out ({ledger}); add text or cut the document into several"
+                )
+        ledger = Ledger()
+        return _Opened(keep_and_split(read(ledger), ledger, only_heldout=group, **split), ledger)
+
+    stamps = [
+        (os.path.relpath(file, os.path.dirname(os.path.abspath(path))), *_stamp(file))
+        for file in files
+    ]
+    settings = settings | {"split": split}
+    return _Domain(name, "your own text", settings, stamps, open_text, streams=True)
+
+
+def _stamp(file: str) -> tuple[int, int]:
+    stat = os.lstat(file)
+    return stat.st_size, stat.st_mtime_ns
+
+
+# ---- the tokenizer of the root
+
+
+def _choose_tokenizer(
+    spec: str, root: str, domains: Sequence[_Domain], force: bool, log: Log
+) -> tuple[Tokenizer, str]:
+    """The tokenizer, and the spec by which the stores name it: relative to the root."""
+    made_again = {domain.name for domain in domains} if force else set()
+    others = [name for name in Data(root).domains() if name not in made_again]
+    there = Data(root).open(others[0]) if others else None
+    kind, _, rest = spec.partition(":")
+    if kind == "sentencepiece" and rest.isdecimal():
+        if (
+            there is not None
+            and there.tokenizer_spec.startswith("sentencepiece:")
+            and there.vocab_size == int(rest)
+        ):
+            log(f"tokenizer: the root's own SentencePiece model, {rest} ids")
+            return there.tokenizer(), str(there.meta["tokenizer_spec"])
+        if there is not None:
+            raise _other_tokenizer(spec, root, there)
+        return _train(int(rest), root, domains, log)
+    tokenizer = load_tokenizer(spec)
+    if there is not None and there.tokenizer_fingerprint != tokenizer.fingerprint:
+        raise _other_tokenizer(spec, root, there)
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        place = f"{TOKENIZER_FOLDER}/{tokenizer.fingerprint[:12]}.model"
+        write_atomically(os.path.join(root, place), tokenizer.model)
+        return tokenizer, f"sentencepiece:{place}"
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        place = f"{TOKENIZER_FOLDER}/{tokenizer.fingerprint[:12]}.json"
+        write_atomically(os.path.join(root, place), tokenizer.data)
+        return tokenizer, f"hf:{place},bos={tokenizer.bos},eos={tokenizer.eos}"
+    return tokenizer, tokenizer.spec
+
+
+def _other_tokenizer(spec: str, root: str, there: Store) -> TokenizerError:
+    return TokenizerError(
+        f"tokenizer {spec!r} differs from the one of the stores in {root!r} "
+        f"({there.meta['tokenizer_spec']}, {there.vocab_size} ids, in {there.domain}); "
+        "use that one or another --root"
+    )
+
+
+def _train(
+    vocab_size: int, root: str, domains: Sequence[_Domain], log: Log
+) -> tuple[Tokenizer, str]:
+    """Trains SentencePiece on an equal share of bytes from each domain's training split."""
+    log(f"tokenizer: training SentencePiece with {vocab_size} ids")
+    started = time.monotonic()
+    share = _TRAINING_BYTES // len(domains)
+
+    def texts() -> Iterator[str]:
+        for domain in domains:
+            used = 0
+            for split, document in domain.open().documents:
+                if split == TRAIN:
+                    used += len(document.text.encode("utf-8"))
+                    yield document.text
+                if used >= share:
+                    break
+
+    path = os.path.join(root, TOKENIZER_FOLDER, f"sentencepiece-{vocab_size}.model")
+    tokenizer = train_sentencepiece(texts(), path, vocab_size, max_bytes=2 * _TRAINING_BYTES)
+    log(f"tokenizer: {path} in {time.monotonic() - started:.1f} s")
+    return tokenizer, f"sentencepiece:{os.path.relpath(path, root)}"
+
+
+# ---- making stores
+
+
+def _make(
+    domain: _Domain,
+    root: str,
+    tokenizer: Tokenizer,
+    spec: str,
+    limit_documents: int | None,
+    force: bool,
+    log: Log,
+) -> list[Store]:
+    place = os.path.join(root, domain.name)
+    inputs = fingerprint(
+        FORMAT_VERSION, domain.settings, domain.inputs, tokenizer.fingerprint, spec
+    )
+    if not force and _is_current(place, inputs):
+        log(f"{domain.name}: up to date")
+        return [Store.open(os.path.join(place, split)) for split in SPLITS]
+    if os.path.exists(place):
+        log(f"{domain.name}: {'asked to make it again' if force else 'inputs or settings changed'}")
+    started = time.monotonic()
+    opened = domain.open()
+    partial = os.path.join(root, f".partial-{domain.name}")
+    try:
+        with contextlib.ExitStack() as stack:
+            writers = {
+                split: stack.enter_context(
+                    StoreWriter(
+                        os.path.join(partial, split),
+                        tokenizer=tokenizer,
+                        tokenizer_spec=spec,
+                        domain=domain.name,
+                        split=split,
+                        licence=domain.licence,
+                        settings=domain.settings,
+                        inputs=inputs,
+                    )
+                )
+                for split in SPLITS
+            }
+            _fill(writers, domain, opened, limit_documents)
+        for package, text in opened.copyrights.items():
+            path = os.path.join(partial, "licences", f"{package}.txt")
+            write_atomically(path, text.encode("utf-8"))
+        _replace(partial, place)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    stores = [Store.open(os.path.join(place, split)) for split in SPLITS]
+    seconds = time.monotonic() - started
+    num_tokens = sum(store.num_tokens for store in stores)
+    log(f"{domain.name}: {opened.ledger}; {num_tokens:,} tokens in {seconds:.1f} s")
+    return stores
+
+
+def _fill(
+    writers: Mapping[str, StoreWriter],
+    domain: _Domain,
+    opened: _Opened,
+    limit_documents: int | None,
+) -> None:
+    """Writes the documents of a domain to its two stores, and settles the ledger."""
+    ledger = opened.ledger
+    limits = _limits(domain, limit_documents)
+    with _Bar(f"{domain.name}: tokens", opened.total) as bar:
+        for split, document in opened.documents:
+            writer = writers[split]
+            if writer.num_documents >= limits[split]:
+                ledger.stored[split] -= 1
+                ledger.dropped["over limit_documents"] += 1
+                if domain.streams and all(writers[s].num_documents >= limits[s] for s in writers):
+                    break
+                continue
+            bar.count(
+                writer.add(
+                    document.text,
+                    document_id=document.id,
+                    source=document.source,
+                    extras=document.extras,
+                )
+            )
+    ledger.check()
+    for split, writer in writers.items():
+        assert writer.num_documents == ledger.stored[split], f"{domain.name}: ledger is off"
+        writer.ledger = ledger.to_json()
+        if not writer.num_documents:
+            raise SourceError(
+                f"domain {domain.name!r} has no {split} document ({ledger}); add text"
+            )
+
+
+def _limits(domain: _Domain, limit_documents: int | None) -> dict[str, float]:
+    if limit_documents is None:
+        return dict.fromkeys(SPLITS, float("inf"))
+    fraction = (
+        domain.settings.get("heldout_fraction") or domain.settings["split"]["heldout_fraction"]
+    )
+    heldout = min(limit_documents - 1, max(1, round(limit_documents * fraction)))
+    return {TRAIN: limit_documents - heldout, HELDOUT: heldout}
+
+
+def _is_current(place: str, inputs: str) -> bool:
+    for split in SPLITS:
+        path = os.path.join(place, split)
+        if not os.path.exists(os.path.join(path, META_FILE)):
+            return False
+        if Store.open(path).meta.get("inputs") != inputs:
+            return False
+    return True
+
+
+def _replace(partial: str, place: str) -> None:
+    """Puts a finished domain in its place; the old one goes when the new one is there."""
+    old = os.path.join(os.path.dirname(place), f".old-{os.path.basename(place)}")
+    shutil.rmtree(old, ignore_errors=True)
+    if os.path.exists(place):
+        os.rename(place, old)
+    os.rename(partial, place)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_leftovers(root: str) -> None:
+    """Clears what a killed call left (we hold the lock: nobody is writing it)."""
+    for name in os.listdir(root):
+        if name.startswith(".old-"):
+            place = os.path.join(root, name.removeprefix(".old-"))
+            if not os.path.exists(place):  # Killed between the two renames.
+                os.rename(os.path.join(root, name), place)
+        if name.startswith((".old-", ".partial-")):
+            shutil.rmtree(os.path.join(root, name), ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock(root: str, log: Log) -> Iterator[None]:
+    """One `prepare` at a time in a root; a killed process lets go by itself."""
+    import fcntl
+
+    with open(os.path.join(root, ".lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log(f"waiting for another `lcl prepare` in {root}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class _Bar(contextlib.AbstractContextManager):
+    """A progress bar on a terminal: documents, and tokens a second."""
+
+    def __init__(self, title: str, total: int | None):
+        import tqdm
+
+        self._tqdm = tqdm.tqdm(
+            total=total,
+            desc=title,
+            unit=" documents",
+            disable=None,
+            leave=False,
+            dynamic_ncols=True,
+        )
+        self._tokens, self._started = 0, time.monotonic()
+
+    def __exit__(self, *exception: object) -> None:
+        self._tqdm.close()
+
+    def watch(self, documents: Iterable[Document]) -> Iterator[Document]:
+        for document in documents:
+            self._tqdm.update()
+            yield document
+
+    def count(self, num_tokens: int) -> None:
+        self._tokens += num_tokens
+        if self._tqdm.update():
+            rate = self._tokens / max(1e-9, time.monotonic() - self._started)
+            self._tqdm.set_postfix_str(f"{rate / 1e6:.1f}M tokens/s", refresh=False)

@@ -309,28 +309,33 @@ class _Checker:
         """A binding that nothing can read is a misspelling or a misunderstanding."""
         scopes = {scope for _, r in self.references for scope in r.scopes}
         called = {r.name for _, r in self.references}
-        # Where a function is bound, it is what will be called: all else must be reached from a
-        # reference. Bindings of objects alone are for whoever loads them to call.
+        # Where a function is bound, the file is a whole: its objects must be reached from it.
+        # Bindings of objects alone are for whoever loads them to call.
         whole = any(
             not inspect.isclass(self.configurables[s.selector].target) for s in self.bindings
         )
-        for s in self.bindings:
+        for s in self.bindings if whole else ():
             for scope in filter(None, s.scope.split("/")):
-                if whole and scope not in scopes:
+                if scope not in scopes:
                     hint = nearest(scope, scopes) or f": write @{scope}/{s.selector}()"
                     raise ConfigError(f"{s.where}: no reference uses the scope {scope!r}{hint}")
+            takers = self._takers(s.selector)
             target = self.configurables[s.selector].target
-            if whole and inspect.isclass(target) and s.selector not in called:
-                takers = [
-                    f"{name}.{parameter}"
-                    for name, entry in sorted(self.configurables.items())
-                    for parameter, hint in entry.hints.items()
-                    if parameter in entry.parameters and config_types.accepts_class(hint, target)
-                ]
+            if s.selector not in called and (takers or inspect.isclass(target)):
                 mend = f"; write {' or '.join(takers)} = @{s.selector}()" if takers else ""
                 raise ConfigError(
                     f"{s.where}: {s.key} has no effect, as nothing refers to @{s.selector}(){mend}"
                 )
+
+    def _takers(self, name: str) -> list[str]:
+        """The parameters that could be given `@name()`; none for what is called from outside."""
+        return [
+            f"{taker}.{parameter}"
+            for taker, entry in sorted(self.configurables.items())
+            for parameter, hint in entry.hints.items()
+            if parameter in entry.parameters
+            and config_types.accepts_result(hint, self.configurables[name].target)
+        ]
 
     def _resolved(self, value: Any, depth: int = 0) -> Any:
         """The value with macros replaced by what they stand for."""

@@ -51,17 +51,28 @@ def _options(hint: Any) -> tuple[Any, ...]:
     return (hint,)
 
 
-def accepts_class(hint: Any, target: type) -> bool:
-    """Whether a parameter with this hint takes a `target`, or a collection of them.
+def accepts_result(hint: Any, target: Callable[..., Any]) -> bool:
+    """Whether a parameter with this hint is there for what `target()` returns, or a list of it.
+
+    A class is taken by its own type; a function only if it says that it returns a function.
 
     Example:
-        >>> accepts_class(typing.Sequence[int] | None, int), accepts_class(str, int)
+        >>> accepts_result(typing.Sequence[int] | None, int), accepts_result(str, int)
         (True, False)
     """
+    made = target if inspect.isclass(target) else hints_of(target).get("return")
+    returns_function = typing.get_origin(made) is collections.abc.Callable
+    if not returns_function and not inspect.isclass(target):
+        return False
     for option in _options(hint):
-        if inspect.isclass(option) and option is not object and issubclass(target, option):
-            return True
-        if any(accepts_class(arg, target) for arg in typing.get_args(option)):
+        origin = typing.get_origin(option) or option
+        if returns_function:
+            if origin is collections.abc.Callable:
+                return True
+        elif inspect.isclass(made) and inspect.isclass(origin) and origin is not object:
+            if not getattr(origin, "_is_protocol", False) and issubclass(made, origin):
+                return True
+        if any(accepts_result(arg, target) for arg in typing.get_args(option) if arg is not hint):
             return True
     return False
 

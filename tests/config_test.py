@@ -204,6 +204,11 @@ def test_repository_root_is_searched(folder, monkeypatch):
             "--gin.TeaTray.colour: TeaTray.colour has no effect, as nothing refers to @TeaTray(); "
             "write tea_party.tray = @TeaTray()",
         ),
+        (
+            "tea_timer.minutes=3",
+            "--gin.tea_timer.minutes: tea_timer.minutes has no effect, as nothing refers to "
+            "@tea_timer(); write tea_party.timer = @tea_timer()",
+        ),
         ("TeaPot.cups='3'", "--gin.TeaPot.cups: TeaPot.cups wants int, got '3'"),
         ("TeaPot.cups=1e3", "--gin.TeaPot.cups: TeaPot.cups wants int, got 1000.0; write 1000"),
         ("TeaPot.cups=True", "--gin.TeaPot.cups: TeaPot.cups wants int, got True"),

@@ -44,7 +44,7 @@ from typing import Any
 import numpy as np
 
 SIGNS = (
-    "signs (these are losses): learned < 0 = learned; forgetting > 0 = forgot; "
+    "signs, these being losses: learned < 0 = learned; forgetting > 0 = forgot;\n"
     "BWT > 0 = forgot; FWT < 0 = earlier stages helped; retained: lower is better"
 )
 
@@ -289,7 +289,7 @@ class LossMatrix:
         """
         title = f"held-out loss, {self.unit}"
         labels = ["start", *(f"after {s}" for s in self.stages)]
-        names = [d + (" (not trained)" if d in self.never_trained else "") for d in self.domains]
+        names = [d + ("°" if d in self.never_trained else "") for d in self.domains]
         first = max(25, *(len(x) + 1 for x in [title, *labels]))
         widths = [max(9, len(name) + 2) for name in names]
         rule = "-" * (first + sum(widths))
@@ -316,6 +316,8 @@ class LossMatrix:
         legend = "(* = the stage that trained it"
         if any(self._home[j] != i + 1 for i, j in zip(*np.nonzero(self.trained), strict=True)):
             legend += " most; + = also trained it"
+        if self.never_trained:
+            legend += "; ° = no stage so far trained it"
         lines.append(
             f"BWT {format_loss(self.bwt, True)}  FWT {format_loss(self.fwt, True)}  {legend})"
         )

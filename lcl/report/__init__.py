@@ -2,7 +2,35 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 from lcl.report.progress import Progress
 from lcl.report.writers import MetricsWriter
 
-__all__ = ["MetricsWriter", "Progress"]
+# Imported when first used: a training loop needs none of them until it ends.
+_LAZY = {
+    "Run": "lcl.report.read",
+    "build_report": "lcl.report.build",
+    "info_text": "lcl.report.text",
+    "load_runs": "lcl.report.read",
+    "matrix_text": "lcl.report.text",
+    "summary_png": "lcl.report.build",
+}
+
+__all__ = [
+    "MetricsWriter",
+    "Progress",
+    "Run",
+    "build_report",
+    "info_text",
+    "load_runs",
+    "matrix_text",
+    "summary_png",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -106,7 +106,7 @@ def test_never_trained_domains_are_named_and_change_no_average():
     assert m.forgetting["de"] == 0.75
     for name in ("bwt", "fwt", "mean_learned", "mean_forgetting", "mean_retained"):
         assert getattr(m, name) == getattr(hand(), name), name
-    assert "de (not trained)" in m.table()
+    assert "de°" in m.table() and "° = no stage so far trained it" in m.table()
 
 
 def test_inputs_are_never_changed_and_the_matrix_is_read_only():

@@ -1,0 +1,453 @@
+"""The figures of a report. Matplotlib is imported when one is drawn, and never opens a window.
+
+Each `draw_*` takes runs and a theme and returns a Figure; `save` writes it. Curves are labelled at
+their ends rather than in a legend, colours are the Okabe-Ito set (told apart by colour-blind eyes),
+and a domain has one colour in all figures of a page.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lcl.evals.loss_matrix import LossMatrix
+from lcl.report.read import Run, StageInfo
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of one scheme; `series` is the order in which domains (or runs) take theirs."""
+
+    name: str
+    paper: str
+    ink: str
+    soft: str
+    line: str
+    band: str
+    accent: str
+    series: tuple[str, ...]
+
+
+LIGHT = Theme(
+    name="light",
+    paper="#ffffff",
+    ink="#1b1f24",
+    soft="#5b6470",
+    line="#d8dde3",
+    band="#f4f6f8",
+    accent="#0072b2",
+    series=("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#6b4fa0", "#444444"),
+)
+DARK = Theme(
+    name="dark",
+    paper="#15191e",
+    ink="#e8ebee",
+    soft="#9aa4af",
+    line="#333b44",
+    band="#1b2027",
+    accent="#5cb3e8",
+    series=("#5cb3e8", "#ff9e4a", "#3ecf9c", "#eba4cc", "#f0d24a", "#9ad7ff", "#b79ff0", "#c8c8c8"),
+)
+THEMES = (LIGHT, DARK)
+_DASHES = ("-", (0, (5, 1.5)), (0, (2, 1.5)))
+_MAX_POINTS = 240
+
+
+def colour(theme: Theme, index: int) -> str:
+    """The colour of the index-th domain or run."""
+    return theme.series[index % len(theme.series)]
+
+
+def smooth(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means of equal stretches of points, at most 240 of them: a curve one can see.
+
+    >>> smooth(np.arange(4), np.array([1.0, 2.0, 3.0, 4.0]))[1].tolist()
+    [1.0, 2.0, 3.0, 4.0]
+    """
+    if len(steps) <= _MAX_POINTS:
+        return steps, values
+    edges = np.linspace(0, len(steps), _MAX_POINTS + 1).astype(int)
+    counts = np.diff(edges)
+    means = np.add.reduceat(values, edges[:-1]) / counts
+    return np.add.reduceat(steps.astype(float), edges[:-1]) / counts, means
+
+
+def draw_heldout(run: Run, theme: Theme, unit: str) -> Figure:
+    """Held-out loss of every domain over the run, stage borders behind."""
+    figure, (axes,) = _figure(theme, 1)
+    _stage_bands(axes, run, theme)
+    ends = []
+    for index, domain in enumerate(run.domains):
+        steps, values = run.heldout(domain, unit)
+        if not len(steps):
+            continue
+        axes.plot(steps, values, **_stroke(theme, index), marker="o", markersize=2.6)
+        ends.append((float(steps[-1]), float(values[-1]), domain, colour(theme, index)))
+    _loss_scale(axes)
+    _finish(axes, theme, ends, run, ylabel=_UNIT_LABELS[unit])
+    return figure
+
+
+def draw_training(run: Run, theme: Theme) -> Figure:
+    """Training loss by domain (replayed rows dashed) above the learning rate."""
+    figure, (loss, rate) = _figure(theme, 2)
+    _stage_bands(loss, run, theme)
+    _stage_bands(rate, run, theme, names=False)
+    ends = []
+    order = list(run.domains)
+    for prefix, dashes, suffix in (("loss", "-", ""), ("replay_loss", (0, (2, 1.2)), " (replay)")):
+        for domain in run.trained_domains(prefix):
+            steps, values = run.series(f"{prefix}/{domain}")
+            if not len(steps):
+                continue
+            index = order.index(domain) if domain in order else len(order)
+            shade = colour(theme, index)
+            if len(steps) <= 4000:
+                loss.plot(steps, values, color=shade, alpha=0.16, linewidth=0.7)
+            for where in _pieces(steps):  # A domain that pauses between stages isn't joined up.
+                x, y = smooth(steps[where], _running_mean(values[where]))
+                loss.plot(x, y, color=shade, linestyle=dashes, linewidth=1.5)
+            ends.append((float(steps[-1]), float(y[-1]), domain + suffix, shade))
+    if not ends:
+        steps, values = run.series("loss")
+        loss.plot(*smooth(steps, values), color=theme.ink, linewidth=1.5)
+    loss.margins(y=0.08)
+    _loss_scale(loss)
+    _finish(loss, theme, ends, run, ylabel="training loss, nats/token", xlabel=False)
+    steps, values = run.series("learning_rate")
+    rate.plot(*smooth(steps, values), color=theme.ink, linewidth=1.3)
+    rate.set_ylim(bottom=0)
+    _finish(rate, theme, [], run, ylabel="learning rate")
+    rate.yaxis.set_major_locator(_ticker().MaxNLocator(3))
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
+    rate.yaxis.get_offset_text().set(color=theme.soft, fontsize=7.5)
+    return figure
+
+
+def draw_comparison(runs: Sequence[Run], theme: Theme, unit: str) -> Figure:
+    """Held-out loss of each domain in a panel of its own, one line a run."""
+    domains = _all_domains(runs)
+    figure, panels = _figure(theme, 1, columns=min(3, len(domains)), cells=len(domains))
+    for axes, domain in zip(panels, domains, strict=False):
+        _stage_bands(axes, runs[0], theme, names=False)
+        for index, run in enumerate(runs):
+            if domain in run.domains:
+                steps, values = run.heldout(domain, unit)
+                # Thinner over wider, so that runs that agree still show both.
+                style = _stroke(theme, index) | {"linewidth": max(1.2, 3.0 - 1.3 * index)}
+                axes.plot(steps, values, **style, label=run.name)
+        _loss_scale(axes)
+        _finish(axes, theme, [], runs[0], ylabel="")
+        axes.set_title(domain, color=theme.ink, fontsize=9, loc="left", fontweight="bold")
+    for axes in panels[len(domains) :]:
+        axes.set_visible(False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside upper left", ncols=3, frameon=False, labelcolor=theme.ink
+    )
+    figure.supylabel(_UNIT_LABELS[unit], color=theme.soft, fontsize=8.5)
+    return figure
+
+
+def draw_matrix(matrix: LossMatrix, theme: Theme, title: str = "") -> Figure:
+    """The loss matrix as a heat map; each column has its own scale, since domains differ."""
+    plt = _pyplot()
+    rows, columns = matrix.values.shape
+    figure = plt.figure(
+        figsize=(1.7 + 1.05 * columns, 0.9 + 0.42 * rows), layout="constrained", dpi=150
+    )
+    figure.set_facecolor(theme.paper)
+    _heat(figure.add_subplot(), matrix, theme, title)
+    return figure
+
+
+def draw_summary(runs: Sequence[Run], theme: Theme = LIGHT) -> Figure:
+    """One picture of it all: held-out curves above, loss matrices below; for a README or a talk."""
+    plt = _pyplot()
+    runs = list(runs)[:2]
+    unit = common_unit(runs)
+    figure = plt.figure(figsize=(10.4, 6.4), layout="constrained", dpi=100)
+    figure.set_facecolor(theme.paper)
+    grid = figure.add_gridspec(2, len(runs), height_ratios=(1.25, 1))
+    top: Any = None
+    panels: list[Any] = []
+    for column, run in enumerate(runs):
+        axes = figure.add_subplot(grid[0, column], sharey=top)
+        top = top or axes
+        _stage_bands(axes, run, theme, width=6.4 / len(runs))
+        ends = []
+        for index, domain in enumerate(run.domains):
+            steps, values = run.heldout(domain, unit)
+            if len(steps):
+                axes.plot(steps, values, **_stroke(theme, index))
+                ends.append((float(steps[-1]), float(values[-1]), domain, colour(theme, index)))
+        if column == len(runs) - 1:
+            _loss_scale(top)
+        panels.append((axes, run, ends))
+        axes.set_title(
+            run.name, color=theme.ink, fontsize=11, fontweight="bold", loc="left", pad=16
+        )
+        matrix = run.loss_matrix(unit)
+        forgot = matrix.mean_forgetting
+        said = "" if forgot is None else f"mean forgetting {forgot:+.3f} {matrix.unit}"
+        _heat(figure.add_subplot(grid[1, column]), matrix, theme, said)
+    for column, (axes, run, ends) in enumerate(panels):  # The shared scale is known only now.
+        _finish(axes, theme, ends, run, ylabel=_UNIT_LABELS[unit] if column == 0 else "")
+    return figure
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Writes the PNG and lets go of the figure's memory; the same figure gives the same bytes."""
+    figure.savefig(path, facecolor=figure.get_facecolor(), metadata={"Software": None})
+    _pyplot().close(figure)
+
+
+def common_unit(runs: Sequence[Run]) -> str:
+    """bits/byte where every run has it (it crosses tokenizers and languages), else nats/token."""
+    return "bits_per_byte" if all(r.has_bytes for r in runs) else "nats_per_token"
+
+
+_UNIT_LABELS = {
+    "bits_per_byte": "held-out loss, bits/byte",
+    "nats_per_token": "held-out loss, nats/token",
+}
+
+
+def _all_domains(runs: Sequence[Run]) -> list[str]:
+    return list(dict.fromkeys(d for run in runs for d in run.domains))
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    # A report needs no window. A notebook, which has chosen its backend already, keeps it.
+    if "matplotlib.pyplot" not in sys.modules:
+        matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _ticker() -> Any:
+    import matplotlib.ticker
+
+    return matplotlib.ticker
+
+
+def _figure(
+    theme: Theme, panels: int, *, columns: int = 1, cells: int | None = None
+) -> tuple[Figure, list[Axes]]:
+    """An empty figure: `panels` above one another, or a grid of `cells` in `columns`."""
+    plt = _pyplot()
+    if cells is not None:
+        rows = -(-cells // columns)
+        size = (9.2, 0.5 + 2.3 * rows)
+        grid = {"nrows": rows, "ncols": columns, "sharex": True}
+    else:
+        size = (9.2, 3.7 if panels == 1 else 4.7)
+        ratios = {"height_ratios": (3.1, 1)} if panels == 2 else {}
+        grid = {"nrows": panels, "ncols": 1, "sharex": True, **ratios}
+    figure, axes = plt.subplots(figsize=size, layout="constrained", dpi=150, squeeze=False, **grid)
+    figure.set_facecolor(theme.paper)
+    return figure, list(axes.flat)
+
+
+def _stroke(theme: Theme, index: int) -> dict[str, Any]:
+    return {
+        "color": colour(theme, index),
+        "linewidth": 1.7,
+        "linestyle": _DASHES[index // len(theme.series) % len(_DASHES)],
+    }
+
+
+def _stage_bands(
+    axes: Axes, run: Run, theme: Theme, names: bool = True, width: float = 7.4
+) -> None:
+    """Every other stage on a tinted band, its name above it; `width` is the axes' in inches."""
+    shown = max(run.steps_done, 1)
+    for index, stage in enumerate(run.stages):
+        if stage.first_step >= shown:
+            break
+        end = min(stage.end_step, shown)
+        if index % 2 == 0:
+            axes.axvspan(stage.first_step, end, color=theme.band, zorder=0, linewidth=0)
+        if index:
+            axes.axvline(stage.first_step, color=theme.line, linewidth=0.9, zorder=1)
+        label = (
+            _fitting_label(index, stage, (end - stage.first_step) / shown * width) if names else ""
+        )
+        if label:
+            axes.text(
+                stage.first_step + 0.008 * shown,
+                1.015,
+                label,
+                transform=axes.get_xaxis_transform(),
+                color=theme.soft,
+                fontsize=7.5,
+                va="bottom",
+                clip_on=False,
+            )
+
+
+def _fitting_label(index: int, stage: StageInfo, inches: float) -> str:
+    """The most that can be said of a stage in so much room."""
+    replay = (stage.replay or {}).get("fraction")
+    full = f"{index + 1}  {stage.name}"
+    more = f"{full}  + {100 * replay:.0f}% replay" if replay else full
+    # A letter of 7.5 pt is about 0.062 in wide.
+    return next((x for x in (more, full, str(index + 1)) if 0.062 * len(x) + 0.1 < inches), "")
+
+
+def _finish(
+    axes: Axes,
+    theme: Theme,
+    ends: Sequence[tuple[float, float, str, str]],
+    run: Run,
+    *,
+    ylabel: str,
+    xlabel: bool = True,
+) -> None:
+    """Quiet axes, and each curve's name at its end, moved apart where they would touch."""
+    axes.set_facecolor(theme.paper)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(theme.line)
+    axes.tick_params(colors=theme.soft, labelsize=7.5, length=3)
+    axes.grid(axis="y", color=theme.line, linewidth=0.5, alpha=0.7)
+    axes.set_axisbelow(True)
+    axes.set_ylabel(ylabel, color=theme.soft, fontsize=8.5)
+    axes.set_xlim(0, max(run.steps_done, 1))
+    if xlabel:
+        axes.set_xlabel("step", color=theme.soft, fontsize=8.5)
+    _label_ends(axes, ends, max(run.steps_done, 1))
+
+
+def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], last: int) -> None:
+    """Names of curves (x, y, name, colour): in the margin, or where a curve stops before the end."""
+    style = {"fontsize": 8, "fontweight": "bold", "annotation_clip": False}
+    margin = []
+    for x, y, text, shade in ends:
+        if x > 0.94 * last:
+            to_axes = axes.transData + axes.transAxes.inverted()
+            margin.append((float(to_axes.transform((x, y))[1]), text, shade))
+        else:
+            axes.annotate(
+                text, (x, y), (-3, -5), textcoords="offset points", color=shade,
+                ha="right", va="top", **style,
+            )  # fmt: skip
+    # A label of 8 pt needs about 0.16 in.
+    gap = 0.16 / (axes.figure.get_figheight() * axes.get_position().height)
+    margin.sort(key=lambda one: one[0])
+    for (_, text, shade), y in zip(
+        margin, spread([m[0] for m in margin], gap, 0.0, 1.0), strict=True
+    ):
+        axes.annotate(
+            text, (1, y), (7, 0), xycoords="axes fraction", textcoords="offset points",
+            color=shade, va="center", **style,
+        )  # fmt: skip
+
+
+def _loss_scale(axes: Axes) -> None:
+    """A logarithmic axis where the values span enough, so that the low end can be told apart."""
+    values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines] or [[1.0]])
+    values = values[values > 0]
+    if not len(values) or values.max() / values.min() < 2.5:
+        return
+    ticker = _ticker()
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8)))
+    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f"{v:g}"))
+    axes.yaxis.set_minor_locator(ticker.NullLocator())
+
+
+def spread(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Moves sorted places apart to at least `gap`, as little as that takes.
+
+    >>> spread([1.0, 1.0, 3.0], 0.5, 0.0, 4.0)
+    [0.75, 1.25, 3.0]
+    """
+    clusters: list[tuple[float, int]] = []  # (centre, how many)
+    for place in places:
+        clusters.append((place, 1))
+        while len(clusters) > 1:
+            (a, n), (b, m) = clusters[-2:]
+            if b - a >= gap * (n + m) / 2 - 1e-12:
+                break
+            clusters[-2:] = [((a * n + b * m) / (n + m), n + m)]
+    out: list[float] = []
+    for centre, count in clusters:
+        half = gap * (count - 1) / 2
+        centre = min(max(centre, low + half), max(high - half, low + half))
+        out.extend(centre - half + gap * i for i in range(count))
+    return out
+
+
+def _running_mean(values: np.ndarray) -> np.ndarray:
+    """A centred mean over about a fortieth of the points; ends use what there is."""
+    width = max(1, len(values) // 40)
+    if width == 1:
+        return values
+    kernel = np.ones(width)
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+
+
+def _pieces(steps: np.ndarray) -> list[slice]:
+    """Stretches without a gap much longer than the usual one."""
+    if len(steps) < 3:
+        return [slice(0, len(steps))]
+    gaps = np.diff(steps)
+    cuts = [0, *(np.nonzero(gaps > 8 * max(np.median(gaps), 1))[0] + 1).tolist(), len(steps)]
+    return [slice(a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+
+
+def shares(matrix: LossMatrix) -> np.ndarray:
+    """[T+1, D] in 0..1: 1 = the column's lowest loss, 0 = its highest; NaN where not measured."""
+    low = np.nanmin(_nan_safe(matrix.values), axis=0)
+    high = np.nanmax(_nan_safe(matrix.values), axis=0)
+    return np.where(high > low, (high - matrix.values) / np.where(high > low, high - low, 1), 0.5)
+
+
+def _nan_safe(values: np.ndarray) -> np.ndarray:
+    """A column of NaN only would warn: it becomes zeros, and its cells stay NaN in `shares`."""
+    return np.where(np.isnan(values).all(axis=0), 0.0, values)
+
+
+def _heat(axes: Axes, matrix: LossMatrix, theme: Theme, title: str) -> None:
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.patches import Rectangle
+
+    map_ = LinearSegmentedColormap.from_list("loss", [theme.band, theme.accent])
+    part = shares(matrix)
+    axes.imshow(part * 0.72, cmap=map_, vmin=0, vmax=1, aspect="auto")
+    rows, columns = matrix.values.shape
+    for place in range(1, rows):
+        axes.axhline(place - 0.5, color=theme.paper, linewidth=2)
+    for place in range(1, columns):
+        axes.axvline(place - 0.5, color=theme.paper, linewidth=2)
+    for (i, j), value in np.ndenumerate(matrix.values):
+        text = "–" if np.isnan(value) else f"{value:.2f}"
+        axes.text(j, i, text, ha="center", va="center", color=theme.ink, fontsize=8.5)
+        if matrix.home_stage[matrix.domains[j]] == i:
+            axes.add_patch(
+                Rectangle((j - 0.46, i - 0.42), 0.92, 0.84, fill=False, ec=theme.ink, lw=1.2)
+            )
+    names = [d + ("\n(not trained)" if d in matrix.never_trained else "") for d in matrix.domains]
+    axes.set_xticks(range(len(names)), names, fontsize=8)
+    after = ["start", *(f"after {s}" for s in matrix.stages)]
+    axes.set_yticks(range(rows), after, fontsize=8)
+    axes.tick_params(length=0, colors=theme.soft)
+    axes.xaxis.tick_top()
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    if title:
+        axes.set_xlabel(title, color=theme.soft, fontsize=8.5)

@@ -35,7 +35,7 @@ from lcl.parallel import MeshConfig
 from lcl.policies import Guard, Logging, NonFiniteError, leave_out, read_left_out
 from lcl.preemption import Preemption
 from lcl.recorder import Recorder
-from lcl.report import MetricsWriter, Progress, build_report
+from lcl.report import MetricsWriter, Progress
 from lcl.stages import Span, Stage
 from lcl.step import TrainState, make_eval_step, make_train_step
 
@@ -120,6 +120,8 @@ def train(
     if not finished:
         log.info("stopped by a signal; the same command goes on from here")
     elif logging.report and jax.process_index() == 0:
+        from lcl.report import build_report  # Matplotlib: seconds that a start should not pay
+
         log.info("report: %s", build_report([run_dir]))
     return run_dir
 
@@ -134,24 +136,19 @@ def _go(
 ) -> bool:
     """Restores, then trains to the end (True) or to a signal (False)."""
     primary = jax.process_index() == 0
-    with (
-        preemption.nothing_to_save(),
-        Checkpointer(run_dir, checkpoint) as checkpoints,
-    ):
-        restored = checkpoints.restore_latest(run.abstract_state)
-        if restored is None:
-            step, state, tokens = 0, run.init_state(), 0
-        else:
-            step, state, tokens = restored.step, restored.state, restored.metadata["tokens"]
-            log.info("resuming at step %d of %d", step, run.num_steps)
-        heldout = run.heldout_batches(evaluation)
-        left_out = read_left_out(run_dir)
-        writer = MetricsWriter(
-            run_dir,
-            step if restored else None,
-            tensorboard=logging.tensorboard,
-            primary=primary,
-        )
+    with Checkpointer(run_dir, checkpoint) as checkpoints:
+        with preemption.nothing_to_save():
+            restored = checkpoints.restore_latest(run.abstract_state)
+            if restored is None:
+                step, state, tokens = 0, run.init_state(), 0
+            else:
+                step, state, tokens = restored.step, restored.state, restored.metadata["tokens"]
+                log.info("resuming at step %d of %d", step, run.num_steps)
+            heldout = run.heldout_batches(evaluation)
+            resume_step = step if restored else None
+            writer = MetricsWriter(
+                run_dir, resume_step, tensorboard=logging.tensorboard, primary=primary
+            )
         bar = Progress(
             run.num_steps,
             start_step=step,
@@ -167,6 +164,7 @@ def _go(
             flops_per_token=run.flops_per_token,
             peak_flops=run.peak_flops,
         )
+        left_out = read_left_out(run_dir)
         with writer, bar:
             loop = _Loop(run, checkpoints, writer, recorder, preemption, heldout, left_out)
             return loop.run_from(step, state, evaluation, logging)
@@ -199,7 +197,7 @@ class _Loop:
                 state = run.exit(ended, state)
             if ended or step == 0 or evaluation.due(step):
                 self._evaluate(step, state, ended, span)
-            stopping = self.preemption.requested
+            stopping = self.preemption.should_stop(step)
             if step > first and (
                 ended or stopping or self.checkpoints.policy.due(step) or step == run.num_steps
             ):
@@ -211,7 +209,7 @@ class _Loop:
             if step == span.first_step:
                 state = run.enter(span, state)
             if train_step is None or step == span.first_step:
-                train_step = self._compile(span, nothing_to_save=step == first)
+                train_step = self._compile(span)
 
             # ---- the step --------------------------------------------------------------------
             batch = next(batches)
@@ -237,7 +235,8 @@ class _Loop:
         eval_step = self.run.eval_step(where)
 
         def unless_stopped(params: Any, batch: Batch) -> Mapping[str, jax.Array]:
-            if self.preemption.requested:
+            # Many processes evaluate together, so none of them may leave by itself.
+            if self.preemption.requested and jax.process_count() == 1:
                 raise InterruptedError
             return eval_step(params, batch)
 
@@ -268,16 +267,12 @@ class _Loop:
             self.run.finish_card(step)
         self.recorder.exclude(time.monotonic() - begin)
 
-    def _compile(self, span: Span, *, nothing_to_save: bool) -> Any:
+    def _compile(self, span: Span) -> Any:
         """The compiled step of a stage; a signal meanwhile ends the process, all being saved."""
         begin = time.monotonic()
-        self.recorder.drain()
-        if nothing_to_save:
+        self.checkpoints.wait()
+        with self.preemption.nothing_to_save():
             compiled = self.run.train_step(span)
-        else:
-            self.checkpoints.wait()
-            with self.preemption.nothing_to_save():
-                compiled = self.run.train_step(span)
         self.recorder.exclude(time.monotonic() - begin)
         return compiled
 
@@ -319,8 +314,13 @@ def evaluate(
         evaluation=evaluation,
         guard=guard,
     )
-    with Checkpointer(run_dir, checkpoint) as checkpoints:
-        restored = checkpoints.restore(run.abstract_state, step)
+    with Checkpointer(run_dir, checkpoint, read_only=True) as checkpoints:
+        if step is None:
+            restored = checkpoints.restore_latest(run.abstract_state)
+        else:
+            restored = checkpoints.restore(step, run.abstract_state)
+        if restored is None:
+            raise ValueError(f"{run_dir} has no checkpoint yet; train it first")
         where = run.span_ending_at(restored.step) or run.span_at(restored.step)
         assert where is not None
         batches = run.heldout_batches(evaluation)

@@ -20,12 +20,10 @@ BUSY = "import hashlib; hashlib.pbkdf2_hmac('sha512', b'x', b'y', 60_000_000)"
 COMPILE = """
 import jax, jax.numpy as jnp
 def slow(x):
-    for i in range(4000):
-        x = jnp.sin(x @ x) + i
-    return x
+    return [jnp.sort(jnp.sin(x * i) @ jnp.cos(x + i), axis=i % 2) for i in range(1000)]
 lowered = jax.jit(slow).lower(jnp.ones((4, 4)))
 print("ready", flush=True)
-lowered.compile({"xla_llvm_disable_expensive_passes": False})
+lowered.compile()  # a minute and a half
 """
 
 

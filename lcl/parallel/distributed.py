@@ -42,7 +42,7 @@ def initialize_distributed(environment: Mapping[str, str] | None = None) -> int:
     env = os.environ if environment is None else environment
     named = [name for name in (COORDINATOR, NUM_PROCESSES, PROCESS_ID) if env.get(name)]
     if named and len(named) < 3:
-        missing = ", ".join({COORDINATOR, NUM_PROCESSES, PROCESS_ID} - set(named))
+        missing = ", ".join(sorted({COORDINATOR, NUM_PROCESSES, PROCESS_ID} - set(named)))
         raise ValueError(f"{', '.join(named)} is set but {missing} is not: set all three or none")
     if named:
         try:
@@ -59,8 +59,7 @@ def initialize_distributed(environment: Mapping[str, str] | None = None) -> int:
             )
         if num_processes == 1:
             return 1
-        if jax.config.read("jax_platforms") == "cpu":
-            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")  # only read on CPU
         jax.distributed.initialize(env[COORDINATOR], num_processes, process_id)
     elif is_pod(env):
         jax.distributed.initialize()

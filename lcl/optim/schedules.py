@@ -50,6 +50,10 @@ def _schedule(build: Callable[..., Curve]) -> Callable[..., Schedule]:
         text = ", ".join(f"{name}={value!r}" for name, value in bound.arguments.items())
         return Schedule(build(**settings), f"{build.__name__}({text})")
 
+    # What the configuration's type check reads: a call of it gives a Schedule.
+    wrapped.__annotations__ = build.__annotations__ | {"return": Schedule}
+    signature = inspect.signature(build).replace(return_annotation=Schedule)
+    wrapped.__signature__ = signature  # type: ignore[attr-defined]
     return wrapped
 
 

@@ -45,6 +45,7 @@ def _registry() -> dict[str, CorpusInfo]:
             "code",
             "PSF-2.0",
             standard_library.python,
+            keeps_repeats=True,
         ),
         CorpusInfo(
             "pydoc",
@@ -105,6 +106,7 @@ def _registry() -> dict[str, CorpusInfo]:
             "CC0-1.0",
             packages.metamath,
             ("metamath-databases",),
+            keeps_repeats=True,
         )
     )
     return {corpus.name: corpus for corpus in corpora}

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from lcl.data.corpora.apt import Package, read_files
-from lcl.data.corpora.corpus import CorpusInfo
+from lcl.data.corpora.corpus import CorpusInfo, without_boilerplate
 from lcl.data.fingerprints import fingerprint
 from lcl.data.sources import (
     HELDOUT,
@@ -135,9 +135,12 @@ def _read(
     only_heldout: str | None,
 ) -> tuple[dict[str, list[Document]], Ledger]:
     ledger = Ledger()
+    documents: Iterable[Document] = progress(corpus.read(packages, ledger))
+    if not corpus.keeps_repeats:
+        documents = without_boilerplate(documents, ledger)
     splits: dict[str, list[Document]] = {TRAIN: [], HELDOUT: []}
     for name, document in keep_and_split(
-        progress(corpus.read(packages, ledger)),
+        documents,
         ledger,
         heldout_fraction=heldout_fraction,
         seed=seed,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lcl.data.corpora.apt import Package
@@ -11,6 +13,11 @@ from lcl.data.corpora.languages import language_bytes
 from lcl.data.sources import Document, Ledger
 
 MIN_LANGUAGE_SHARE = 0.5
+# A paragraph of some length in more documents than this is boilerplate ("This is free software:
+# you are free to change and redistribute it"): learnt by heart in a moment, it would make every
+# held-out loss look better than it is.
+MAX_REPEATS = 50
+MIN_BOILERPLATE = 60  # Characters.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +33,8 @@ class CorpusInfo:
         packages: names of the distribution's packages; none: the text is always there.
         version: raised whenever `read` gives other documents from the same packages.
         min_characters: shorter documents are dropped.
+        keeps_repeats: whether a line in many documents belongs there (code); see
+            `without_boilerplate`.
         settings: what else `read` was told.
     """
 
@@ -37,6 +46,7 @@ class CorpusInfo:
     packages: tuple[str, ...] = ()
     version: int = 1
     min_characters: int = 200
+    keeps_repeats: bool = False
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -48,6 +58,29 @@ class CorpusInfo:
     def is_translation(self) -> bool:
         """Whether some of its lines may have been left in English."""
         return self.language in ("fr", "de", "es", "ja", "ru", "zh")
+
+
+def without_boilerplate(documents: Iterable[Document], ledger: Ledger) -> Iterator[Document]:
+    """Leaves out the paragraphs that are the same in more than MAX_REPEATS documents; counts them.
+
+    Holds the documents in memory. An emptied document is left for others to drop.
+    """
+    documents = list(documents)
+    counts = collections.Counter(
+        line
+        for document in documents
+        for line in {line for line in document.text.split("\n") if len(line) > MIN_BOILERPLATE}
+    )
+    boilerplate = {line for line, count in counts.items() if count > MAX_REPEATS}
+    for document in documents:
+        lines = document.text.split("\n")
+        kept = [line for line in lines if line not in boilerplate]
+        if len(kept) == len(lines):
+            yield document
+            continue
+        ledger.notes["boilerplate paragraphs left out"] += len(lines) - len(kept)
+        text = re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).strip("\n")
+        yield dataclasses.replace(document, text=text)
 
 
 def check_language(document: Document, language: str, ledger: Ledger) -> Document | None:

@@ -26,6 +26,8 @@ _DOCBOOK = {"skip": ("docnav", "toc", "banner", "title"), "inline": ("url",)}
 # are commands and names that no language changes.
 _MIN_PROSE = 60
 
+# The tables by which Metamath prints its symbols: HTML and LaTeX, no mathematics.
+_TYPESETTING = re.compile(r"^\s*(?:alt)?htmldef\b", re.MULTILINE)
 _SECTION = re.compile(
     r"^\s*\$\(\n(?:#\*#\*|=-=-|-\.-\.|####)[^\n]*\n\s*(?P<title>[^\n]*)\n", re.MULTILINE
 )
@@ -172,4 +174,7 @@ def metamath(packages: Sequence[Package], ledger: Ledger) -> Iterator[Document]:
             borders = [0, *starts, len(text)]
             for i, title in enumerate(["(beginning)", *titles]):
                 section = text[borders[i] : borders[i + 1]].strip("\n")
+                if len(_TYPESETTING.findall(section)) > 20:
+                    ledger.drop("typesetting tables")
+                    continue
                 yield Document(f"set.mm#{i}: {title}", section, package.name)

@@ -65,6 +65,9 @@ _ONE = {
     "u": "", "r": "", "p": "", "{": "", "}": "", "z": "", "!": "", "?": "", "c": "",
 }  # fmt: skip
 
+# Bullets and numbers stay on the line of what they mark.
+_SHORT_TAG = 4
+
 _WIDE = re.compile(r"[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef]")
 
 _JOINED = frozenset("BR RB BI IB IR RI SB".split())  # Alternating fonts: no blank between.
@@ -177,7 +180,8 @@ class _Page:
             self.glue = glue
         if self.tag and not glue:
             self.tag = False
-            self.end_line()
+            if len(self.open) > _SHORT_TAG:
+                self.end_line()
 
     def emit(self, line: str) -> None:
         self.out.append(line)
@@ -242,7 +246,7 @@ class _Page:
             self.paragraph()
             if arguments and arguments[0].strip():
                 self.open = arguments[0].strip()
-                if len(self.open) > 4:
+                if len(self.open) > _SHORT_TAG:
                     self.end_line()
         elif name in ("UR", "MT", "URL", "MTO"):
             self.link = arguments[0] if arguments else ""

@@ -99,8 +99,8 @@ def gather_rows(
     groups = [group for group in groups if len(group.rows)]
     shape = (num_rows, row_length)
     if not groups:
-        zeros = np.zeros(shape, np.int32)
-        return Batch(*[zeros.copy() for _ in range(4)], np.zeros(shape, np.float32), zeros.copy())
+        tokens, targets, segments, positions, marks = np.zeros((5, *shape), np.int32)
+        return Batch(tokens, targets, segments, positions, np.zeros(shape, np.float32), marks)
     # From here on "row" counts gathered rows: group after group.
     bases = np.cumsum([0] + [len(group.rows) for group in groups])
     row_S = np.concatenate([g.slices.row + base for g, base in zip(groups, bases, strict=False)])
@@ -117,7 +117,7 @@ def gather_rows(
         segments = np.repeat(np.arange(1, len(row_S) + 1) - first_b[row_S], length_S)
         positions = np.arange(total) - np.repeat(begin_S, length_S)
     else:
-        segments = np.ones(total, np.int32)
+        segments = np.ones(total, np.int64)
         positions = np.arange(total) - np.repeat(begin_S[first_b], tokens_b)
 
     filled = np.arange(row_length) < tokens_b[:, None]

@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -59,9 +60,9 @@ class Mixture:
             raise ValueError(f"mixture block is {self.block}; give at least 1 row")
         starved = [d for d, count in zip(self.domains, self.counts, strict=True) if not count]
         if starved:
-            share = self.weights[starved[0]] / sum(self.weights.values())
+            share = self._shares[self.domains.index(starved[0])]
             raise ValueError(
-                f"mixture weight of {starved[0]!r} is {share:.3g} of the whole, less than a row "
+                f"mixture weight of {starved[0]!r} is {float(share):.3g} of the whole, less than a row "
                 f"in a block of {self.block}; set block to {math.ceil(1 / share)} or more"
             )
 
@@ -71,15 +72,20 @@ class Mixture:
         return tuple(sorted(self.weights))
 
     @functools.cached_property
+    def _shares(self) -> list[Fraction]:
+        # Fractions neither round nor overflow: a tie must fall alike on every machine.
+        weights = [Fraction(float(self.weights[d])) for d in self.domains]
+        return [weight / sum(weights) for weight in weights]
+
+    @functools.cached_property
     def counts(self) -> np.ndarray:
         """Rows of each domain in every block, int64[D], by the method of largest remainders."""
-        weights = np.array([float(self.weights[d]) for d in self.domains])
-        exact = weights / weights.max()  # first, so that huge weights do not overflow in the sum
-        exact = exact / exact.sum() * self.block
-        counts = np.floor(exact).astype(np.int64)
-        missing = self.block - int(counts.sum())
-        counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
-        return counts
+        exact = [share * self.block for share in self._shares]
+        counts = [math.floor(e) for e in exact]
+        by_remainder = sorted(range(len(exact)), key=lambda d: counts[d] - exact[d])
+        for d in by_remainder[: self.block - sum(counts)]:
+            counts[d] += 1
+        return np.array(counts, np.int64)
 
     def locate(self, k: Any, *, key: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Say which domain row k comes from, and which of that domain's rows it is.

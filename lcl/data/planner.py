@@ -185,7 +185,7 @@ class Planner:
             name = self._domains[domain]
             seen = {p: n for p, n in self._used.items() if n and self.plans[p].domain == domain}
             same = self._index.get(self._plan_name(name, data))
-            if list(seen) == [same]:
+            if same is not None and list(seen) == [same]:
                 # The very rows that were used: the first ones in the plan's own order of use.
                 plans.append(same)
                 counts.append(min(seen[same], self.plans[same].num_rows))

@@ -11,6 +11,7 @@ And how many tokens are in the first k of them (rows differ by their padding)?
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -149,10 +150,8 @@ def cached_layout(
     except TornLayoutError as error:
         _LOG.warning("%s: building it again", str(error).removesuffix("; delete it"))
         torn = f"{path}.torn-{os.getpid()}"
-        try:
+        with contextlib.suppress(OSError):  # another process was faster; or `save` will complain
             os.rename(path, torn)  # at once, so that no other process reads half of it
-        except FileNotFoundError:
-            pass  # another process was faster
         shutil.rmtree(torn, ignore_errors=True)
     layout = build_fn()
     try:

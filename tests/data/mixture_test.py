@@ -117,4 +117,6 @@ def test_the_mend_for_a_starved_domain_works():
 
 def test_huge_and_tiny_weights_do_not_overflow():
     assert Mixture({"a": 1e308, "b": 1e308}, block=4).counts.tolist() == [2, 2]
+    with pytest.raises(ValueError, match="weight of 'c' is 5e-309 of the whole"):
+        Mixture({"a": 1e308, "b": 1e308, "c": 1})
     assert Mixture({"a": 1e-300, "b": 3e-300}, block=4).counts.tolist() == [1, 3]

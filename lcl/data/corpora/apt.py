@@ -115,6 +115,8 @@ def read_files(package: Package, prefix: str = "./usr/") -> Iterator[tuple[str, 
                     file = archive.extractfile(member) if member.isreg() else None
                     yield member.name, None if file is None else file.read()
             process.stdout.read()
+            if process.wait():  # Else a torn archive would look like a short one.
+                raise tarfile.ReadError(process.stderr.read().decode(errors="replace"))
         except tarfile.TarError as error:
             process.kill()
             raise AptError(

@@ -73,6 +73,7 @@ class _Page:
         self.marker = ""  # What the next text begins with (a bullet, a cell border).
         self.skipping = ("", 0)  # The tag of the element left out, and how deep in such tags.
         self.verbatim = ("", 0)  # The same for a preformatted element.
+        self.within = ("", 0)  # The same for a block element that stays in its line.
         self.cells = 0
 
     def tag(self, name: str, closing: bool, attributes: str) -> None:
@@ -93,7 +94,13 @@ class _Page:
             return
         if not closing and (name == "pre" or names & self.preformatted):
             self.verbatim = (name, 1)
-        self.structure(name, closing, bool(names & self.inline))
+        if self.within[1]:
+            self.within = _deeper(self.within, name, closing, attributes)
+            self.structure(name, closing, inline=True)
+            return
+        if names & self.inline and not closing:
+            self.within = (name, 1)
+        self.structure(name, closing, inline=bool(self.within[1]))
 
     def structure(self, name: str, closing: bool, inline: bool) -> None:
         if name in _CELL_TAGS:
@@ -127,6 +134,8 @@ class _Page:
         elif text:
             if self.gap or self.marker:
                 begins_line = bool(self.gap) or not self.out
+                if self.marker == " " and self.out and self.out[-1].endswith(" "):
+                    self.marker = ""
                 self.out.append("\n" * self.gap if self.out else "")
                 self.out.append(self.marker.lstrip() if begins_line else self.marker)
                 text = text.lstrip(" ")

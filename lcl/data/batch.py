@@ -99,8 +99,9 @@ def gather_rows(
     groups = [group for group in groups if len(group.rows)]
     shape = (num_rows, row_length)
     if not groups:
-        tokens, targets, segments, positions, marks = np.zeros((5, *shape), np.int32)
-        return Batch(tokens, targets, segments, positions, np.zeros(shape, np.float32), marks)
+        none = np.zeros((5, *shape), np.int32)
+        weights = np.zeros(shape, np.float32)
+        return Batch(none[0], none[1], none[2], none[3], weights, none[4])
     # From here on "row" counts gathered rows: group after group.
     bases = np.cumsum([0] + [len(group.rows) for group in groups])
     row_S = np.concatenate([g.slices.row + base for g, base in zip(groups, bases, strict=False)])

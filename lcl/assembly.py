@@ -66,7 +66,7 @@ class Assembly:
     spans: tuple[Span, ...]
     chain: optax.GradientTransformation
     abstract_state: TrainState
-    identity: Mapping[str, str]
+    identity: Mapping[str, Any]
     flops_per_token: Mapping[int, float]
     peak_flops: float | None
     flop_convention: str
@@ -111,7 +111,7 @@ class Assembly:
         """The state at step 0, born sharded."""
         with self._on_mesh():
             init = jax.jit(
-                lambda key: rules.unbox(_boxed_state(self.model, self.chain, key)),
+                lambda key: rules.unbox(boxed_state(self.model, self.chain, key)),
                 out_shardings=_shardings(self.abstract_state),
             )
             return init(named_key(self.seed, "params"))
@@ -238,9 +238,7 @@ class Assembly:
 
     # ---- the run card ------------------------------------------------------------------------
 
-    def claim(
-        self, run_dir: pathlib.Path, config_text: str | None, *, allow_changes: bool
-    ) -> None:
+    def claim(self, run_dir: pathlib.Path, config_text: str | None, *, allow_changes: bool) -> None:
         """Writes the run card, or refuses a directory that holds a run of another configuration."""
         self._run_dir, self._config_text = run_dir, config_text
         new = self._card(step=0)
@@ -321,7 +319,7 @@ def assemble(
         _check_vocabulary(model, data, domain)
     chain = optimizer.build()
     boxed = jax.eval_shape(
-        lambda key: _boxed_state(model, chain, key), jax.eval_shape(lambda: jax.random.key(0))
+        lambda key: boxed_state(model, chain, key), jax.eval_shape(lambda: jax.random.key(0))
     )
     peak = flops.chip_peak_flops(device_mesh.devices.flat[0], model.dtype)
     total = None if not peak.flops_per_second else peak.flops_per_second * device_mesh.size
@@ -355,7 +353,7 @@ def assemble(
     )
 
 
-def _boxed_state(
+def boxed_state(
     model: DecoderConfig, chain: optax.GradientTransformation, key: jax.Array
 ) -> TrainState:
     """The initial state, its parameters (and so their moments) boxed with their logical axes."""
@@ -411,7 +409,7 @@ def _check_vocabulary(model: DecoderConfig, data: Data, domain: str) -> None:
         )
 
 
-def _without_appended_stages(new: Mapping[str, str], old: Mapping[str, str]) -> dict[str, str]:
+def _without_appended_stages(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
     """`new` less the stages that `old` did not have yet: a run may always be given more stages."""
     had = sum(1 for key in old if key.startswith("stages[") and key.endswith("].name"))
     known = tuple(f"stages[{index}]" for index in range(had))

@@ -1,4 +1,4 @@
-"""A configuration as lines of text: what the run card holds, compares and shows."""
+"""A configuration as lines: what the run card holds, compares and shows."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def describe(value: Any, name: str = "") -> dict[str, str]:
-    """Flattens nested dataclasses, mappings and sequences into `{path: text}`.
+def describe(value: Any, name: str = "") -> dict[str, Any]:
+    """Flattens nested dataclasses, mappings and sequences into `{path: plain value}`.
 
     Two configurations give the same run exactly if these lines are the same, so nothing in them
-    may depend on a memory address: a function is named by its module and qualified name.
+    may depend on a memory address: a function is named by its module and qualified name, and whatever JSON cannot
+    hold by its repr.
 
     Args:
       value: a configuration object, or a plain value.
@@ -26,7 +27,7 @@ def describe(value: Any, name: str = "") -> dict[str, str]:
     ...     x: int
     ...     tags: tuple
     >>> describe({"p": Point(1, ("a", "b"))})
-    {'p.x': '1', 'p.tags[0]': "'a'", 'p.tags[1]': "'b'"}
+    {'p.x': 1, 'p.tags[0]': 'a', 'p.tags[1]': 'b'}
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         children = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
@@ -37,11 +38,13 @@ def describe(value: Any, name: str = "") -> dict[str, str]:
         return _join(dict(enumerate(value)), name, "{}[{}]")
     if callable(value) and hasattr(value, "__qualname__"):
         return {name: f"{value.__module__}.{value.__qualname__}"}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return {name: value}
     return {name: repr(value)}
 
 
-def _join(children: Mapping[Any, Any], name: str, form: str) -> dict[str, str]:
-    lines: dict[str, str] = {}
+def _join(children: Mapping[Any, Any], name: str, form: str) -> dict[str, Any]:
+    lines: dict[str, Any] = {}
     for key, child in children.items():
         path = form.format(name, key) if name or "[" in form else str(key)
         lines |= describe(child, path)

@@ -1,4 +1,4 @@
-"""The smallest run that has everything: two domains, two stages, replay, checkpoints, evaluation."""
+"""The smallest run that has everything: two domains, two stages, replay, checkpoints."""
 
 from __future__ import annotations
 
@@ -30,9 +30,7 @@ MODEL = DecoderConfig(
 
 def stage(name: str, steps: int = 6, replay: Replay | None = None, **changes: Any) -> Stage:
     """A stage on the domain of its own name; 8 new rows of 64 tokens a step."""
-    data = StageData(
-        mixture=Mixture({name: 1.0}), sequence_length=64, batch_size=8, replay=replay
-    )
+    data = StageData(mixture=Mixture({name: 1.0}), sequence_length=64, batch_size=8, replay=replay)
     return Stage(name=name, data=data, steps=steps, **changes)
 
 

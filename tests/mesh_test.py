@@ -1,0 +1,106 @@
+"""The same run on any mesh: identical batches, equal losses, and a resume from one onto another.
+
+In child processes, since eight CPU devices can only be asked for before JAX starts.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+# Float32 sums over another number of devices are taken in another order. Stated bound: relative,
+# over the 12 steps of the tiny run.
+LOSS_BOUND = 2e-5
+
+MESHES = {
+    "1": {"data": 1},
+    "8x1": {"data": 8},
+    "2x4": {"data": 2, "fsdp": 4},
+    "2x2x2": {"data": 2, "fsdp": 2, "tensor": 2},
+    "2x1x2x2": {"data": 2, "context": 2, "tensor": 2},
+}
+
+CHILD = """
+import hashlib, json, pathlib, sys
+import jax
+import numpy as np
+from lcl import assembly
+from lcl.parallel import MeshConfig
+from lcl.train import train
+from tests import tiny
+
+root, run_dir, sizes = pathlib.Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+seen = []
+original = assembly.Assembly.put
+
+
+def put(self, batch, span):
+    placed = original(self, batch, span)
+    digest = hashlib.sha256()
+    for field in placed:
+        if field is not None:
+            digest.update(np.asarray(jax.device_get(field)).tobytes())
+    seen.append(digest.hexdigest())
+    return placed
+
+
+assembly.Assembly.put = put
+train(**tiny.settings(root, run_dir, mesh=MeshConfig(**sizes)))
+print(json.dumps({"batches": seen, "devices": len(jax.devices())}))
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    from tests import tiny
+
+    base = tmp_path_factory.mktemp("mesh")
+    tiny.stores(base / "stores")
+    return base
+
+
+def losses(run_dir) -> np.ndarray:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return np.array([[line["loss"], line["grad_norm"]] for line in lines])
+
+
+@pytest.fixture
+def run_on(base, run_python):
+    def run(mesh: str, name: str) -> tuple[list[str], np.ndarray]:
+        devices = int(np.prod(list(MESHES[mesh].values())))
+        out = run_python(
+            CHILD, str(base / "stores"), str(base / name), json.dumps(MESHES[mesh]), devices=devices
+        )
+        result = json.loads(out.splitlines()[-1])
+        assert result["devices"] == devices
+        return result["batches"], losses(base / name)
+
+    return run
+
+
+def test_batches_are_identical_and_losses_equal_on_every_mesh(base, run_on):
+    """Levanter#161, Speech#15339: another device count, another result."""
+    batches, want = run_on("1", "on-1")
+    assert len(batches) == 12 == len(set(batches))
+    for mesh in MESHES:
+        if mesh == "1":
+            continue
+        others, got = run_on(mesh, f"on-{mesh}")
+        assert others == batches, f"mesh {mesh} saw other batches"
+        np.testing.assert_allclose(got, want, rtol=LOSS_BOUND, err_msg=f"mesh {mesh}")
+        print(f"mesh {mesh}: largest relative difference {np.max(np.abs(got / want - 1)):.1e}")
+
+
+def test_a_run_stopped_on_one_mesh_goes_on_on_another(base, run_on):
+    """torchtitan, Bridge#5637: refused, or the loader's state silently lost."""
+    batches, want = run_on("1", "whole")
+    for first, second in [("1", "2x4"), ("2x2x2", "1")]:
+        name = f"from-{first}-to-{second}"
+        run_on(first, name)
+        gone = base / name / "checkpoints"
+        (gone / "00000012").rename(gone / "gone")
+        tail, got = run_on(second, name)
+        assert tail == batches[8:], "the resumed run saw other batches"
+        np.testing.assert_allclose(got, want, rtol=LOSS_BOUND, err_msg=name)

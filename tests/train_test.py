@@ -20,7 +20,7 @@ from lcl.models import DecoderConfig
 from lcl.objectives import NextToken
 from lcl.optim import AdamW, constant
 from lcl.parallel import MeshConfig
-from lcl.policies import Guard, Logging, NonFiniteError, read_left_out
+from lcl.policies import Guard, NonFiniteError, read_left_out
 from lcl.stages import Stage
 from lcl.train import evaluate, train
 from tests import tiny

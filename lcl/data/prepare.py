@@ -15,32 +15,24 @@ call with the same words, to add a domain to the root, uses the model that is th
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from lcl.data import corpora as registry
-from lcl.data.corpora import apt
-from lcl.data.fingerprints import fingerprint
-from lcl.data.sources import (
-    DEFAULT_PATTERNS,
-    HELDOUT,
-    TRAIN,
-    Document,
-    Ledger,
-    SourceError,
-    first_heldout_group,
-    folder_documents,
-    folder_files,
-    jsonl_documents,
-    jsonl_files,
-    keep_and_split,
+from lcl.data.domains import (
+    Domain,
+    Opened,
+    ProgressBar,
+    corpus_domain,
+    folder_domain,
+    jsonl_domain,
 )
+from lcl.data.fingerprints import fingerprint
+from lcl.data.sources import HELDOUT, TRAIN, Ledger, SourceError
 from lcl.data.store import FORMAT_VERSION, META_FILE, SPLITS, Data, Store, StoreWriter
 from lcl.data.tokenizers import (
     HuggingFaceTokenizer,
@@ -58,41 +50,10 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _TRAINING_BYTES = 32_000_000
 
 Log = Callable[[str], None]
-Split = Iterator[tuple[str, Document]]
 
 
 class PrepareError(ValueError):
     """Something that keeps the stores from being made; one line that says the mend."""
-
-
-@dataclasses.dataclass
-class _Domain:
-    """A domain to make: where its documents come from, and what is known before they are read.
-
-    Attributes:
-        name: of the domain.
-        licence: one line.
-        settings: what decides its documents; goes into the store's fingerprint.
-        inputs: what else must be unchanged for the store to be up to date (files, their times).
-        open: reads the documents: (split, document) pairs, the ledger they are counted in (it is
-            complete when they have been read), copyright files, number of documents if known.
-        streams: whether the documents are read as they are asked for (a limit then saves time).
-    """
-
-    name: str
-    licence: str
-    settings: dict[str, Any]
-    inputs: Any
-    open: Callable[[], _Opened]
-    streams: bool
-
-
-@dataclasses.dataclass
-class _Opened:
-    documents: Split
-    ledger: Ledger
-    copyrights: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    total: int | None = None
 
 
 def default_cache_dir() -> str:
@@ -151,9 +112,9 @@ def prepare(
     split = {"heldout_fraction": heldout_fraction, "seed": seed}
     folders, jsonl = dict(folders or {}), dict(jsonl or {})
     _check_names([*corpora, *folders, *jsonl], set(folders) | set(jsonl))
-    domains = [_corpus(name, split, cache_dir, log) for name in corpora]
-    domains += [_folder(name, path, split) for name, path in folders.items()]
-    domains += [_jsonl(name, path, split) for name, path in jsonl.items()]
+    domains = [corpus_domain(name, split, cache_dir, log) for name in corpora]
+    domains += [folder_domain(name, path, split) for name, path in folders.items()]
+    domains += [jsonl_domain(name, path, split) for name, path in jsonl.items()]
     if not domains:
         raise PrepareError("nothing to prepare: name a corpus, a folder or a jsonl file")
     for domain in domains:
@@ -215,9 +176,6 @@ def show(root: str | os.PathLike[str]) -> str:
     return "\n".join([head, "", *lines, "", *ledgers])
 
 
-# ---- where documents come from
-
-
 def _check_names(names: Sequence[str], own: set[str]) -> None:
     for name in names:
         if names.count(name) > 1:
@@ -234,94 +192,11 @@ def _check_names(names: Sequence[str], own: set[str]) -> None:
             )
 
 
-def _corpus(name: str, split: dict[str, Any], cache_dir: str, log: Log) -> _Domain:
-    corpus = registry.get(name)
-    package_dir = os.path.join(cache_dir, "packages")
-    packages = apt.resolve(corpus.packages, package_dir, log=log) if corpus.needs_apt else []
-    # Only the settings: the TFDS builder behind them is imported when something is to be built.
-    from lcl.data.corpora import builder
-
-    def open_corpus() -> _Opened:
-        apt.fetch(packages, package_dir, log=log)
-        with _Bar(f"{name}: reading", None) as bar:
-            built = builder.build(
-                corpus,
-                packages,
-                os.path.join(cache_dir, "corpora"),
-                progress=bar.watch,
-                **split,
-            )
-        documents = ((s, d) for s in (TRAIN, HELDOUT) for d in built.documents(s))
-        total = sum(len(source) for source in built.splits.values())
-        return _Opened(documents, built.ledger, built.copyrights, total)
-
-    settings = builder.settings(corpus, packages, **split)
-    return _Domain(name, corpus.licence, settings, None, open_corpus, streams=False)
-
-
-def _folder(name: str, path: str, split: dict[str, Any]) -> _Domain:
-    files = [file for file, _ in folder_files(path)]
-
-    def read(ledger: Ledger) -> Iterator[Document]:
-        return folder_documents(path, ledger)
-
-    settings = {"source": "folder", "patterns": list(DEFAULT_PATTERNS)}
-    return _own_text(name, path, files, read, settings, split)
-
-
-def _jsonl(name: str, path: str, split: dict[str, Any]) -> _Domain:
-    def read(ledger: Ledger) -> Iterator[Document]:
-        return jsonl_documents(path, ledger)
-
-    settings = {"source": "jsonl", "field": "text"}
-    return _own_text(name, path, jsonl_files(path), read, settings, split)
-
-
-def _own_text(
-    name: str,
-    path: str,
-    files: Sequence[str],
-    read: Callable[[Ledger], Iterator[Document]],
-    settings: dict[str, Any],
-    split: dict[str, Any],
-) -> _Domain:
-    def open_text() -> _Opened:
-        # Usually one pass. A small source may fall on one side of the split: then it is read again.
-        ledger = Ledger()
-        sides: set[str] = set()
-        for side, _ in keep_and_split(read(ledger), ledger, **split):
-            sides.add(side)
-            if len(sides) == 2:
-                break
-        group = None
-        if len(sides) < 2:
-            group = first_heldout_group(read(Ledger()), seed=split["seed"])
-            if group is None:
-                raise SourceError(
-                    f"{path!r} has {len(sides) or 'no'} document to use, and two are needed, one "
-                    f"of them to hold out ({ledger}); add text or cut the document into several"
-                )
-        ledger = Ledger()
-        return _Opened(keep_and_split(read(ledger), ledger, only_heldout=group, **split), ledger)
-
-    stamps = [
-        (os.path.relpath(file, os.path.dirname(os.path.abspath(path))), *_stamp(file))
-        for file in files
-    ]
-    settings = settings | {"split": split}
-    return _Domain(name, "your own text", settings, stamps, open_text, streams=True)
-
-
-def _stamp(file: str) -> tuple[int, int]:
-    stat = os.lstat(file)
-    return stat.st_size, stat.st_mtime_ns
-
-
 # ---- the tokenizer of the root
 
 
 def _choose_tokenizer(
-    spec: str, root: str, domains: Sequence[_Domain], force: bool, log: Log
+    spec: str, root: str, domains: Sequence[Domain], force: bool, log: Log
 ) -> tuple[Tokenizer, str]:
     """The tokenizer, and the spec by which the stores name it: relative to the root."""
     made_again = {domain.name for domain in domains} if force else set()
@@ -362,7 +237,7 @@ def _other_tokenizer(spec: str, root: str, there: Store) -> TokenizerError:
 
 
 def _train(
-    vocab_size: int, root: str, domains: Sequence[_Domain], log: Log
+    vocab_size: int, root: str, domains: Sequence[Domain], log: Log
 ) -> tuple[Tokenizer, str]:
     """Trains SentencePiece on an equal share of bytes from each domain's training split."""
     log(f"tokenizer: training SentencePiece with {vocab_size} ids")
@@ -389,7 +264,7 @@ def _train(
 
 
 def _make(
-    domain: _Domain,
+    domain: Domain,
     root: str,
     tokenizer: Tokenizer,
     spec: str,
@@ -442,14 +317,14 @@ def _make(
 
 def _fill(
     writers: Mapping[str, StoreWriter],
-    domain: _Domain,
-    opened: _Opened,
+    domain: Domain,
+    opened: Opened,
     limit_documents: int | None,
 ) -> None:
     """Writes the documents of a domain to its two stores, and settles the ledger."""
     ledger = opened.ledger
     limits = _limits(domain, limit_documents)
-    with _Bar(f"{domain.name}: tokens", opened.total) as bar:
+    with ProgressBar(f"{domain.name}: tokens", opened.total) as bar:
         for split, document in opened.documents:
             writer = writers[split]
             if writer.num_documents >= limits[split]:
@@ -476,7 +351,7 @@ def _fill(
             )
 
 
-def _limits(domain: _Domain, limit_documents: int | None) -> dict[str, float]:
+def _limits(domain: Domain, limit_documents: int | None) -> dict[str, float]:
     if limit_documents is None:
         return dict.fromkeys(SPLITS, float("inf"))
     fraction = (
@@ -529,34 +404,3 @@ def _lock(root: str, log: Log) -> Iterator[None]:
             log(f"waiting for another `lcl prepare` in {root}")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-class _Bar(contextlib.AbstractContextManager):
-    """A progress bar on a terminal: documents, and tokens a second."""
-
-    def __init__(self, title: str, total: int | None):
-        import tqdm
-
-        self._tqdm = tqdm.tqdm(
-            total=total,
-            desc=title,
-            unit=" documents",
-            disable=None,
-            leave=False,
-            dynamic_ncols=True,
-        )
-        self._tokens, self._started = 0, time.monotonic()
-
-    def __exit__(self, *exception: object) -> None:
-        self._tqdm.close()
-
-    def watch(self, documents: Iterable[Document]) -> Iterator[Document]:
-        for document in documents:
-            self._tqdm.update()
-            yield document
-
-    def count(self, num_tokens: int) -> None:
-        self._tokens += num_tokens
-        if self._tqdm.update():
-            rate = self._tokens / max(1e-9, time.monotonic() - self._started)
-            self._tqdm.set_postfix_str(f"{rate / 1e6:.1f}M tokens/s", refresh=False)

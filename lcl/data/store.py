@@ -346,7 +346,7 @@ class StoreWriter:
         self._file.write(_npy_header(self._dtype, self.num_tokens))
         self._file.flush()
         os.fsync(self._file.fileno())
-        arrays = {
+        arrays: dict[str, np.ndarray] = {
             "offsets": np.asarray(self._offsets, dtype=np.int64),
             "document_ids": np.asarray(self._ids, dtype=np.int64),
             "document_bytes": np.asarray(self._bytes, dtype=np.int64),

@@ -157,7 +157,7 @@ def _builder_class() -> Any:
     import numpy as np
     import tensorflow_datasets as tfds
 
-    class LclCorpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    class LclCorpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg, misc]
         """Documents of one corpus in two splits; see `build`."""
 
         VERSION = tfds.core.Version("1.0.0")

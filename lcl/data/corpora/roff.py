@@ -152,7 +152,7 @@ class _Page:
         elif line.startswith("'\\\""):
             pass
         elif not line.strip():
-            self.paragraph() if self.filling else self.emit("")
+            self.paragraph() if self.filling else self.out.append("")
         elif line.strip() != "\\}":
             self.words(self.unescape(line), glue=line.endswith("\\c"))
 
@@ -182,9 +182,6 @@ class _Page:
             self.tag = False
             if len(self.open) > _SHORT_TAG:
                 self.end_line()
-
-    def emit(self, line: str) -> None:
-        self.out.append(line)
 
     def end_line(self) -> None:
         if self.open:
@@ -235,8 +232,8 @@ class _Page:
             self.paragraph()
             heading = " ".join(arguments)
             if heading:
-                self.emit(heading)
-                self.emit("")
+                self.out.append(heading)
+                self.out.append("")
             else:
                 self.tag = True  # The heading is the next line.
         elif name in ("TP", "TQ"):
@@ -322,9 +319,9 @@ class _Page:
                 tail = ""
                 while following and following[-1] in _CLOSING_PUNCTUATION:
                     tail = following.pop() + tail
-                opening, closing = _ENCLOSURES[word]
-                inner = opening + self.mdoc_line(following)
-                inner += ("" if word[-1] == "o" else closing) + tail
+                pair = _ENCLOSURES[word]
+                inner = pair[0] + self.mdoc_line(following)
+                inner += ("" if word[-1] == "o" else pair[1]) + tail
                 return text + ("" if glue else " ") + inner
             if word in _CLOSERS:
                 text += _CLOSERS[word]
@@ -454,7 +451,7 @@ class _Page:
     def row(self, cells: list[str]) -> None:
         cells = [" ".join(cell.split()) for cell in cells]
         if not all(re.fullmatch(r"[_=\-]*", cell) for cell in cells):
-            self.emit("  ".join(cell for cell in cells if cell).strip())
+            self.out.append("  ".join(cell for cell in cells if cell).strip())
 
     # ---- characters
 

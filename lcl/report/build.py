@@ -4,12 +4,13 @@
     RUN/report/heldout.png, ...    the figures, light and dark
     RUN/report/summary.png         curves and matrix in one picture, for a README or a talk
 
-Several runs are compared on one page, tables first, in RUN/report/compare/ of the first of them. A
-run that is still going is reported as far as it has come. The same logs give the same bytes.
+Several runs are compared on one page, tables first, in RUN/report/compare/ of the first of them.
+A run that is still going is reported as far as it has come. The same logs give the same bytes.
 """
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
@@ -22,8 +23,8 @@ from lcl.report.progress import duration, human
 from lcl.report.read import Run, load_runs
 
 _HEAT = (
-    "Held-out loss, {unit}. A darker cell is a lower loss within its column; the outlined cell is "
-    "the stage that trained the domain."
+    "Held-out loss, {unit}. A stronger colour is a lower loss within its column; the outlined cell "
+    "is the stage that trained the domain."
 )
 
 
@@ -35,7 +36,7 @@ def build_report(
 
     Args:
         run_dirs: run directories, finished or not.
-        out: directory to write to; None = RUN/report, or RUN/report/compare of the first of several.
+        out: where to; None = RUN/report, or RUN/report/compare of the first of several.
 
     Returns:
         The path of index.html.
@@ -94,7 +95,7 @@ def _several(runs: Sequence[Run], folder: Path) -> list[str]:
             _figure(
                 folder,
                 "comparison",
-                lambda theme: plots.draw_comparison(runs, theme, unit),
+                lambda theme, narrow: plots.draw_comparison(runs, theme, unit, narrow),
                 f"Held-out loss over the steps of {names}, one panel each for {escape(shown)}.",
                 f"One panel a domain; stages as bands. {_interval(runs[0])}",
             ),
@@ -126,7 +127,7 @@ def _sections(run: Run, folder: Path, *, prefix: str, matrices: bool = True) -> 
             _figure(
                 folder,
                 f"{prefix}heldout",
-                lambda theme: plots.draw_heldout(run, theme, unit),
+                lambda theme, narrow: plots.draw_heldout(run, theme, unit, narrow),
                 _curves_alt(run, unit),
                 f"Stages as bands. {_interval(run)}",
             ),
@@ -139,7 +140,7 @@ def _sections(run: Run, folder: Path, *, prefix: str, matrices: bool = True) -> 
             _figure(
                 folder,
                 f"{prefix}training",
-                lambda theme: plots.draw_training(run, theme),
+                lambda theme, narrow: plots.draw_training(run, theme, narrow),
                 f"Training loss by domain and learning rate over {run.steps_done} steps.",
                 "By domain of the trained tokens; replayed tokens dashed. Faint: every step; "
                 "strong: a running mean.",
@@ -232,7 +233,7 @@ def _comparison_table(
     domains = dict.fromkeys(d for m in matrices for d in m.domains)
     rows = [(d, [pick(m).get(d) for m in matrices]) for d in domains]
     rows.append(("mean", [mean(m) for m in matrices]))
-    head = ["", *(escape(run.name) for run in runs)]
+    head = ["", *(page.breakable(run.name) for run in runs)]
     if len(runs) == 2:
         head.append("difference")
     shown = []
@@ -256,7 +257,7 @@ def _ledger(run: Run) -> list[str]:
     ledger = run.ledger()
     if not ledger:
         return []
-    most = max((v.get("new_tokens", 0) + v.get("replayed_tokens", 0) for v in ledger.values()))
+    most = max(v.get("new_tokens", 0) + v.get("replayed_tokens", 0) for v in ledger.values())
     rows = []
     order = [d for d in run.domains if d in ledger]
     for domain in [*order, *(d for d in ledger if d not in order)]:
@@ -373,14 +374,17 @@ def _footer() -> str:
 
 
 def _figure(
-    folder: Path, name: str, draw: Callable[[plots.Theme], Any], alt: str, caption: str
+    folder: Path, name: str, draw: Callable[[plots.Theme, bool], Any], alt: str, caption: str
 ) -> str:
-    """Draws a figure for both schemes, writes the files, and returns it as HTML."""
+    """Draws a figure for both schemes and widths, writes the wide ones, returns it as HTML."""
     pngs = {}
     for theme in plots.THEMES:
         path = folder / (f"{name}.png" if theme is plots.LIGHT else f"{name}_{theme.name}.png")
-        plots.save(draw(theme), path)
+        plots.save(draw(theme, False), path)
         pngs[theme.name] = path.read_bytes()
+        narrow = io.BytesIO()
+        plots.save(draw(theme, True), narrow)
+        pngs[f"{theme.name} narrow"] = narrow.getvalue()
     return page.figure(pngs, alt, caption)
 
 

@@ -29,7 +29,7 @@ STYLE = """
 }
 * { box-sizing: border-box; }
 body {
-  margin: 0 auto; padding: 2.5rem 1.25rem 5rem; max-width: 61rem;
+  margin: 0 auto; padding: 2.5rem 1.25rem 5rem; max-width: 70rem;
   background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif;
   -webkit-text-size-adjust: 100%;
@@ -39,7 +39,7 @@ h2 { font-size: 1.25rem; letter-spacing: -.01em; margin: 3rem 0 .4rem; }
 h3 { font-size: 1rem; margin: 1.6rem 0 .3rem; }
 h1, h2, h3 { overflow-wrap: anywhere; text-wrap: balance; }
 p { margin: .4rem 0 .9rem; max-width: 46rem; }
-.soft, figcaption, caption { color: var(--soft); font-size: .9rem; }
+.soft, figcaption, .caption { color: var(--soft); font-size: .9rem; }
 .run { border-top: 1px solid var(--line); margin-top: 4rem; padding-top: .1rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr));
   gap: .75rem; margin: 1.4rem 0 0; padding: 0; }
@@ -47,23 +47,24 @@ p { margin: .4rem 0 .9rem; max-width: 46rem; }
 .tiles dt { color: var(--soft); font-size: .85rem; }
 .tiles dd { margin: 0; font-size: 1.35rem; font-weight: 600; font-variant-numeric: tabular-nums; }
 .tiles dd small { font-size: .8rem; font-weight: 400; color: var(--soft); display: block; }
-.scroll { overflow-x: auto; margin: .6rem 0 1rem; }
+.scroll { overflow-x: auto; padding-bottom: .2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .95rem; }
-caption { text-align: left; padding-bottom: .4rem; }
 th, td { padding: .38rem .8rem; text-align: right; white-space: nowrap; }
 thead th { color: var(--soft); font-weight: 500; border-bottom: 1px solid var(--line);
-  vertical-align: bottom; }
+  vertical-align: bottom; white-space: normal; }
 tbody th { text-align: left; font-weight: 500; }
 thead th:first-child { text-align: left; }
 th:first-child { padding-left: 0; }
 tbody tr + tr > * { border-top: 1px solid var(--line); }
 tr.mean > * { border-top: 2px solid var(--line); font-weight: 600; }
 th small { display: block; font-weight: 400; color: var(--soft); }
-.groups { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr));
-  gap: 0 2rem; }
-.groups > * { min-width: 0; }
+.groups { display: flex; flex-wrap: wrap; gap: .6rem 2.2rem; align-items: flex-start; }
+.table { max-width: 100%; margin: .7rem 0 1rem; }
+/* A caption is as wide as its table, and never makes it wider. */
+.caption { width: 0; min-width: 100%; margin: 0 0 .3rem; }
 table.heat { border-collapse: separate; border-spacing: 3px; }
-table.heat td { text-align: center; border: 0; border-radius: .35rem; min-width: 4.3rem; }
+table.heat td { text-align: center; border: 0; border-radius: .35rem; min-width: 4.3rem;
+  padding-left: .4rem; padding-right: .4rem; }
 table.heat th { border: 0; } table.heat thead th { text-align: center; }
 table.heat td.home { box-shadow: inset 0 0 0 2px var(--ink); font-weight: 600; }
 table.heat td.also { box-shadow: inset 0 0 0 1.5px var(--soft); }
@@ -72,8 +73,8 @@ figure { margin: .8rem 0 1.6rem; } figure img { width: 100%; height: auto; displ
 .bar { display: inline-block; height: .55rem; border-radius: .2rem; background: var(--accent); }
 .bar.replayed { opacity: .45; }
 .legend { display: inline-block; width: .8rem; margin-right: .35rem; }
-dl.facts { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.2rem; margin: .6rem 0;
-  font-size: .95rem; }
+dl.facts { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.2rem;
+  margin: .6rem 0; font-size: .95rem; }
 dl.facts dt { color: var(--soft); } dl.facts dd { margin: 0; overflow-wrap: anywhere; }
 details { border: 1px solid var(--line); border-radius: .6rem; margin: .6rem 0;
   padding: .5rem .9rem; }
@@ -83,7 +84,9 @@ pre { overflow-x: auto; font: .8rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas
 footer { margin-top: 3.5rem; border-top: 1px solid var(--line); padding-top: .8rem; }
 @media (max-width: 34rem) {
   body { padding-top: 1.5rem; font-size: 15px; }
-  th, td { padding: .34rem .5rem; } table.heat td { min-width: 3.2rem; }
+  table { font-size: .85rem; } tbody th { white-space: normal; min-width: 4.5rem; }
+  th, td { padding: .34rem .38rem; } table.heat { border-spacing: 2px; }
+  table.heat td { min-width: 3rem; padding: .4rem .15rem; } table.heat th { padding: .2rem; }
   dl.facts { grid-template-columns: 1fr; gap: 0; } dl.facts dd { margin-bottom: .5rem; }
 }
 @media print { body { max-width: none; } details { break-inside: avoid; } }
@@ -110,14 +113,22 @@ def document(title: str, body: Iterable[str]) -> str:
 
 
 def figure(pngs: Mapping[str, bytes], alt: str, caption: str) -> str:
-    """An image in its light and dark form, inline. `pngs` has "light" and perhaps "dark"."""
-    dark = ""
-    if "dark" in pngs:
-        source = _data(pngs["dark"])
-        dark = f'<source media="(prefers-color-scheme: dark)" srcset="{source}">'
+    """An image, inline, in the form that suits the reader's scheme and screen.
+
+    `pngs` has "light", "dark", "light narrow" and "dark narrow".
+    """
+    dark, phone = "(prefers-color-scheme: dark)", "(max-width: 34rem)"
+    sources = "".join(
+        f'<source media="{media}" srcset="{_data(pngs[kind])}">'
+        for kind, media in (
+            ("dark narrow", f"{phone} and {dark}"),
+            ("light narrow", phone),
+            ("dark", dark),
+        )
+    )
     return (
-        f'<figure><picture>{dark}<img alt="{escape(alt)}" src="{_data(pngs["light"])}"></picture>'
-        f"<figcaption>{caption}</figcaption></figure>"
+        f'<figure><picture>{sources}<img alt="{escape(alt)}" src="{_data(pngs["light"])}">'
+        f"</picture><figcaption>{caption}</figcaption></figure>"
     )
 
 
@@ -154,11 +165,23 @@ def table(
     for index, (name, cells) in enumerate(rows):
         kind = ' class="mean"' if mean and index == len(rows) - 1 else ""
         tds = "".join(c if c.startswith("<td") else f"<td>{c}</td>" for c in cells)
-        body.append(f'<tr{kind}><th scope="row">{escape(name)}</th>{tds}</tr>')
+        body.append(f'<tr{kind}><th scope="row">{breakable(name)}</th>{tds}</tr>')
     return (
-        f'<div class="scroll"><table><caption>{caption}</caption><thead><tr>{heads}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
+        f'<div class="table"><p class="caption">{caption}</p><div class="scroll"><table><thead>'
+        f"<tr>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table></div></div>"
     )
+
+
+def breakable(name: str) -> str:
+    """A name that may be broken after - _ and /, so that narrow columns stay narrow.
+
+    >>> breakable("replay_25")
+    'replay_<wbr>25'
+    """
+    name = escape(name)
+    for mark in "-_/":
+        name = name.replace(mark, f"{mark}<wbr>")
+    return name
 
 
 def signed(value: float | None, *, tint: bool = True) -> str:
@@ -174,7 +197,7 @@ def heat_table(matrix: LossMatrix, shares: np.ndarray, caption: str) -> str:
     heads = ["<th></th>"]
     for domain in matrix.domains:
         small = "<small>not trained</small>" if domain in matrix.never_trained else ""
-        heads.append(f'<th scope="col">{escape(domain)}{small}</th>')
+        heads.append(f'<th scope="col">{breakable(domain)}{small}</th>')
     rows = []
     for i, label in enumerate(["start", *(f"after {s}" for s in matrix.stages)]):
         cells = []
@@ -187,10 +210,11 @@ def heat_table(matrix: LossMatrix, shares: np.ndarray, caption: str) -> str:
             share = 0.0 if np.isnan(shares[i, j]) else float(shares[i, j])
             tint = f'style="background: rgba(var(--rgb), {0.06 + 0.5 * share:.2f})"'
             cells.append(f"<td{kind} {tint}>{format_loss(float(matrix.values[i, j]))}</td>")
-        rows.append(f'<tr><th scope="row">{escape(label)}</th>{"".join(cells)}</tr>')
+        rows.append(f'<tr><th scope="row">{breakable(label)}</th>{"".join(cells)}</tr>')
     return (
-        f'<div class="scroll"><table class="heat"><caption>{caption}</caption>'
-        f"<thead><tr>{''.join(heads)}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f'<div class="table"><p class="caption">{caption}</p><div class="scroll">'
+        f'<table class="heat"><thead><tr>{"".join(heads)}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div></div>"
     )
 
 

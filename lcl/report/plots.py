@@ -7,7 +7,7 @@ and a domain has one colour in all figures of a page.
 
 from __future__ import annotations
 
-import os
+import io
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,10 +81,10 @@ def smooth(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return np.add.reduceat(steps.astype(float), edges[:-1]) / counts, means
 
 
-def draw_heldout(run: Run, theme: Theme, unit: str) -> Figure:
-    """Held-out loss of every domain over the run, stage borders behind."""
-    figure, (axes,) = _figure(theme, 1)
-    _stage_bands(axes, run, theme)
+def draw_heldout(run: Run, theme: Theme, unit: str, narrow: bool = False) -> Figure:
+    """Held-out loss of every domain over the run, stage borders behind; `narrow` for a phone."""
+    figure, (axes,) = _figure(theme, 1, narrow=narrow)
+    _stage_bands(axes, run, theme, width=2.6 if narrow else 7.4)
     ends = []
     for index, domain in enumerate(run.domains):
         steps, values = run.heldout(domain, unit)
@@ -97,14 +97,16 @@ def draw_heldout(run: Run, theme: Theme, unit: str) -> Figure:
     return figure
 
 
-def draw_training(run: Run, theme: Theme) -> Figure:
+def draw_training(run: Run, theme: Theme, narrow: bool = False) -> Figure:
     """Training loss by domain (replayed rows dashed) above the learning rate."""
-    figure, (loss, rate) = _figure(theme, 2)
-    _stage_bands(loss, run, theme)
+    figure, (loss, rate) = _figure(theme, 2, narrow=narrow)
+    _stage_bands(loss, run, theme, width=2.6 if narrow else 7.4)
     _stage_bands(rate, run, theme, names=False)
     ends = []
     order = list(run.domains)
-    for prefix, dashes, suffix in (("loss", "-", ""), ("replay_loss", (0, (2, 1.2)), " (replay)")):
+    again = " ↺" if narrow else " (replay)"
+    styles: Any = (("loss", "-", ""), ("replay_loss", (0, (2, 1.2)), again))
+    for prefix, dashes, suffix in styles:
         for domain in run.trained_domains(prefix):
             steps, values = run.series(f"{prefix}/{domain}")
             if not len(steps):
@@ -133,11 +135,12 @@ def draw_training(run: Run, theme: Theme) -> Figure:
     return figure
 
 
-def draw_comparison(runs: Sequence[Run], theme: Theme, unit: str) -> Figure:
+def draw_comparison(runs: Sequence[Run], theme: Theme, unit: str, narrow: bool = False) -> Figure:
     """Held-out loss of each domain in a panel of its own, one line a run."""
     domains = _all_domains(runs)
-    figure, panels = _figure(theme, 1, columns=min(3, len(domains)), cells=len(domains))
-    for axes, domain in zip(panels, domains, strict=False):
+    columns = 1 if narrow else min(3, len(domains))
+    figure, panels = _figure(theme, 1, columns=columns, cells=len(domains), narrow=narrow)
+    for place, (axes, domain) in enumerate(zip(panels, domains, strict=False)):
         _stage_bands(axes, runs[0], theme, names=False)
         for index, run in enumerate(runs):
             if domain in run.domains:
@@ -146,13 +149,19 @@ def draw_comparison(runs: Sequence[Run], theme: Theme, unit: str) -> Figure:
                 style = _stroke(theme, index) | {"linewidth": max(1.2, 3.0 - 1.3 * index)}
                 axes.plot(steps, values, **style, label=run.name)
         _loss_scale(axes)
-        _finish(axes, theme, [], runs[0], ylabel="")
+        lowest = place >= len(domains) - columns
+        _finish(axes, theme, [], runs[0], ylabel="", xlabel=lowest)
         axes.set_title(domain, color=theme.ink, fontsize=9, loc="left", fontweight="bold")
     for axes in panels[len(domains) :]:
         axes.set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="outside upper left", ncols=3, frameon=False, labelcolor=theme.ink
+        handles,
+        labels,
+        loc="outside upper left",
+        ncols=1 if narrow else 3,
+        frameon=False,
+        labelcolor=theme.ink,
     )
     figure.supylabel(_UNIT_LABELS[unit], color=theme.soft, fontsize=8.5)
     return figure
@@ -205,10 +214,18 @@ def draw_summary(runs: Sequence[Run], theme: Theme = LIGHT) -> Figure:
     return figure
 
 
-def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Writes the PNG and lets go of the figure's memory; the same figure gives the same bytes."""
-    figure.savefig(path, facecolor=figure.get_facecolor(), metadata={"Software": None})
+def save(figure: Figure, path: Any) -> None:
+    """Writes a PNG (to a path or an open file) and frees the figure; same data, same bytes.
+
+    160 colours are plenty for curves and text, and make the files a third of the size.
+    """
+    from PIL import Image
+
+    drawn = io.BytesIO()
+    figure.savefig(drawn, facecolor=figure.get_facecolor(), format="png")
     _pyplot().close(figure)
+    image = Image.open(drawn).convert("RGB").quantize(160, dither=Image.Dither.NONE)
+    image.save(path, format="png", optimize=True)
 
 
 def common_unit(runs: Sequence[Run]) -> str:
@@ -244,19 +261,28 @@ def _ticker() -> Any:
 
 
 def _figure(
-    theme: Theme, panels: int, *, columns: int = 1, cells: int | None = None
+    theme: Theme, panels: int, *, columns: int = 1, cells: int | None = None, narrow: bool = False
 ) -> tuple[Figure, list[Axes]]:
     """An empty figure: `panels` above one another, or a grid of `cells` in `columns`."""
     plt = _pyplot()
+    width, dpi = (4.3, 200) if narrow else (9.2, 150)
+    ratios: dict[str, Any] = {"height_ratios": (3.1, 1)} if cells is None and panels == 2 else {}
     if cells is not None:
         rows = -(-cells // columns)
-        size = (9.2, 0.5 + 2.3 * rows)
-        grid = {"nrows": rows, "ncols": columns, "sharex": True}
+        height = 0.5 + (1.9 if narrow else 2.3) * rows
     else:
-        size = (9.2, 3.7 if panels == 1 else 4.7)
-        ratios = {"height_ratios": (3.1, 1)} if panels == 2 else {}
-        grid = {"nrows": panels, "ncols": 1, "sharex": True, **ratios}
-    figure, axes = plt.subplots(figsize=size, layout="constrained", dpi=150, squeeze=False, **grid)
+        rows, columns = panels, 1
+        height = 3.7 if panels == 1 else 4.7
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(width, height),
+        layout="constrained",
+        dpi=dpi,
+        squeeze=False,
+        sharex=True,
+        **ratios,
+    )
     figure.set_facecolor(theme.paper)
     return figure, list(axes.flat)
 
@@ -333,8 +359,11 @@ def _finish(
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], last: int) -> None:
-    """Names of curves (x, y, name, colour): in the margin, or where a curve stops before the end."""
-    style = {"fontsize": 8, "fontweight": "bold", "annotation_clip": False}
+    """Names of curves (x, y, name, colour): in the margin, or where a curve stops earlier."""
+    from matplotlib.patheffects import withStroke
+
+    paper = axes.get_facecolor()
+    style: dict[str, Any] = {"fontsize": 8, "fontweight": "bold", "annotation_clip": False}
     margin = []
     for x, y, text, shade in ends:
         if x > 0.94 * last:
@@ -343,10 +372,12 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], last:
         else:
             axes.annotate(
                 text, (x, y), (-3, -5), textcoords="offset points", color=shade,
-                ha="right", va="top", **style,
+                ha="right", va="top", path_effects=[withStroke(linewidth=3, foreground=paper)],
+                **style,
             )  # fmt: skip
     # A label of 8 pt needs about 0.16 in.
-    gap = 0.16 / (axes.figure.get_figheight() * axes.get_position().height)
+    figure: Any = axes.figure
+    gap = 0.16 / (figure.get_figheight() * axes.get_position().height)
     margin.sort(key=lambda one: one[0])
     for (_, text, shade), y in zip(
         margin, spread([m[0] for m in margin], gap, 0.0, 1.0), strict=True
@@ -359,7 +390,8 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], last:
 
 def _loss_scale(axes: Axes) -> None:
     """A logarithmic axis where the values span enough, so that the low end can be told apart."""
-    values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines] or [[1.0]])
+    drawn = [np.asarray(line.get_ydata(), float) for line in axes.lines]
+    values = np.concatenate(drawn) if drawn else np.ones(1)
     values = values[values > 0]
     if not len(values) or values.max() / values.min() < 2.5:
         return

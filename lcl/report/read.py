@@ -1,4 +1,4 @@
-"""A run directory, read back: its card, metrics, evaluations and timings, finished or still running.
+"""A run directory, read back: card, metrics, evaluations and timings, finished or running.
 
     RUN/run_card.json   what was configured           RUN/metrics.jsonl   one line an update
     RUN/config.gin      the same as gin text          RUN/evals.jsonl     one line an evaluation
@@ -77,9 +77,9 @@ class Run:
         except OSError as error:
             reason = error.strerror or error
             raise ValueError(f"cannot read {error.filename or path}: {reason}") from error
-        run = cls(path, name or path.resolve().name, card, *logs)
-        run.stages = _stages(card, run.metrics)
-        return run
+        metrics, evals, timings = logs
+        stages = _stages(card, metrics)
+        return cls(path, name or path.resolve().name, card, metrics, evals, timings, stages)
 
     @property
     def num_steps(self) -> int:
@@ -142,7 +142,7 @@ class Run:
         return {d: dict(v) for d, v in ledger.items()}
 
     def tokens(self) -> tuple[int | None, int | None]:
-        """(new tokens, all trained tokens) by the ledger; the second from the metrics without it."""
+        """(new, all) trained tokens by the ledger; without it (None, what the metrics say)."""
         ledger = self.ledger()
         if ledger is None:
             last = next((m["tokens"] for m in reversed(self.metrics) if "tokens" in m), None)

@@ -20,6 +20,7 @@ _HELD = (
     ("seed", lambda run: run.card.get("seed")),
     ("training data", lambda run: run.card.get("data")),
     ("stages and mixtures", lambda run: [(s.name, s.num_steps, s.domains) for s in run.stages]),
+    ("replay", lambda run: [s.replay for s in run.stages]),
 )
 
 

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,6 +20,14 @@ from hypothesis import strategies as st
 
 import lcl.report.writers
 from lcl.report.writers import MetricsWriter, WriterError, encode, parse_line, tag
+
+
+@pytest.fixture(autouse=True, scope="module")
+def disk():
+    """Hundreds of small runs: what fsync is called for is recorded, the disk left in peace."""
+    with mock.patch("os.fsync") as fsync:
+        yield fsync
+
 
 NUM_STEPS = 8
 EVERY = 4  # evaluations and checkpoints
@@ -94,7 +103,9 @@ def test_a_kill_at_every_byte_of_the_tail_loses_and_doubles_nothing(name, whole,
         sure = [
             x for x in lines if json.loads(x)["step"] < (resume if name == "evals" else last + 1)
         ]
-        for cut in range(len(b"".join(sure)), len(data) + 1):
+        begin = len(b"".join(sure))
+        end = len(b"".join(lines[: len(sure) + 2]))  # Every byte of the two lines that follow.
+        for cut in range(begin, end + 1):
             run_dir = tmp_path
             for other, text in whole.items():
                 (run_dir / f"{other}.jsonl").write_bytes(text[:cut] if other == name else text)
@@ -147,6 +158,27 @@ def test_sigkill_of_a_real_process_leaves_whole_lines_before_the_last(tmp_path):
     MetricsWriter(tmp_path, 150, tensorboard=False).close()
     steps = [json.loads(x)["step"] for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(150))
+
+
+def test_flush_forces_every_log_to_disk(tmp_path, disk):
+    writer = MetricsWriter(tmp_path, 0, tensorboard=False)
+    writer.metrics(metrics_line(0))
+    disk.reset_mock()
+    writer.flush()
+    forced = {call.args[0] for call in disk.call_args_list}
+    assert forced == {log._file.fileno() for log in writer._logs.values()} and len(forced) == 3
+    writer.close()
+
+
+def test_a_truncation_is_on_disk_before_it_takes_the_place_of_the_log(tmp_path, disk):
+    train(tmp_path, 0)
+    calls = []
+    replace = os.replace
+    disk.side_effect = lambda *_: calls.append("fsync")
+    with mock.patch("os.replace", lambda a, b: (calls.append("replace"), replace(a, b))):
+        MetricsWriter(tmp_path, 4, tensorboard=False).close()
+    disk.side_effect = None
+    assert calls[:3] == ["fsync", "replace", "fsync"]  # the file, its name, the directory
 
 
 def test_a_new_run_starts_with_empty_logs(tmp_path):

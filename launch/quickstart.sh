@@ -20,19 +20,19 @@ begin=$SECONDS
 # English, then code, then French, from the distribution's packages where apt can be had; otherwise
 # the corpora that lie in every Python: English documentation, then code.
 corpora=(manpages-en python manpages-fr)
-settings=()
+run=(--gin_file=configs/runs/quickstart.gin)
 say "preparing ${corpora[*]} in data/byte"
 if ! "$lcl" prepare "${corpora[@]}" --root data/byte; then
   corpora=(pydoc python)
-  settings=(--gin_file=configs/data/always_there.gin)
+  run+=(--gin_file=configs/data/always_there.gin)
   say "packages cannot be had here (see above): using the corpora that are always there, ${corpora[*]}"
   "$lcl" prepare "${corpora[@]}" --root data/byte
 fi
 
 say "training without replay: runs/quickstart"
-"$lcl" train --gin_file=configs/runs/quickstart.gin "${settings[@]}" --run_dir=runs/quickstart
+"$lcl" train "${run[@]}" --run_dir=runs/quickstart
 say "training with 25% replay: runs/quickstart_replay"
-"$lcl" train --gin_file=configs/runs/quickstart_replay.gin "${settings[@]}" --run_dir=runs/quickstart_replay
+"$lcl" train "${run[@]}" --gin_file=configs/methods/replay.gin --run_dir=runs/quickstart_replay
 
 say "what was learned and what was forgotten"
 "$lcl" report runs/quickstart runs/quickstart_replay

@@ -55,10 +55,14 @@ class Batch(NamedTuple):
 class TokenStore(Protocol):
     """What this module needs of a `lcl.data.store.Store`."""
 
-    domain: str
-    tokens: np.ndarray  # uint16 or uint32, flat
-    offsets: np.ndarray  # int64[N + 1]
-    lengths: np.ndarray  # int64[N], stored tokens
+    @property
+    def domain(self) -> str: ...
+    @property
+    def tokens(self) -> np.ndarray: ...  # uint16 or uint32, flat
+    @property
+    def offsets(self) -> np.ndarray: ...  # int64[N + 1]
+    @property
+    def lengths(self) -> np.ndarray: ...  # int64[N], stored tokens
 
 
 class RowGroup(NamedTuple):

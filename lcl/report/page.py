@@ -59,7 +59,7 @@ tbody tr + tr > * { border-top: 1px solid var(--line); }
 tr.mean > * { border-top: 2px solid var(--line); font-weight: 600; }
 th small { display: block; font-weight: 400; color: var(--soft); }
 .groups { display: flex; flex-wrap: wrap; gap: .6rem 2.2rem; align-items: flex-start; }
-.table { max-width: 100%; margin: .7rem 0 1rem; }
+.table { max-width: 100%; min-width: min(100%, 21rem); margin: .7rem 0 1rem; }
 /* A caption is as wide as its table, and never makes it wider. */
 .caption { width: 0; min-width: 100%; margin: 0 0 .3rem; }
 table.heat { border-collapse: separate; border-spacing: 3px; }

@@ -183,7 +183,8 @@ class Progress:
 
 
 def human(x: float) -> str:
-    """
+    """A number for people.
+
     >>> human(950), human(12_345), human(1.2e6)
     ('950', '12.3k', '1.2M')
     """
@@ -194,7 +195,8 @@ def human(x: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """
+    """Seconds for people.
+
     >>> duration(72), duration(90_061)
     ('0:01:12', '1 day 1:01:01')
     """

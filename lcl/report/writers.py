@@ -207,10 +207,10 @@ def tag(group: str, key: str) -> str:
 
 
 def encode(line: Mapping[str, Any]) -> bytes:
-    """A line as strict JSON with a newline: shortest floats, null for what JSON cannot hold.
+    r"""A line as strict JSON with a newline: shortest floats, null for what JSON cannot hold.
 
     >>> encode({"step": 3, "loss": np.float32(2.3)})
-    b'{"step": 3, "loss": 2.3}\\n'
+    b'{"step": 3, "loss": 2.3}\n'
     """
     nonfinite: dict[str, str] = {}
     plain = {key: _plain(value, key, nonfinite) for key, value in line.items()}

@@ -19,7 +19,7 @@ version="$(version_of "$python")"
 # A compiled step is kept between runs of the tests; a step's temporaries come from huge pages.
 say "running the tests with Python $version"
 .venv/bin/python -m pytest "${@:-tests}"
-ran="Python $version: all tests passed"
+ran="Python $version: $([[ $# -eq 0 ]] && echo all || echo the chosen) tests passed"
 
 next=""
 if [[ $# -eq 0 && "${PYTHON_NEXT:-}" != none ]] && ! at_least "$version" 3.12; then

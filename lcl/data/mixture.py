@@ -62,8 +62,8 @@ class Mixture:
         if starved:
             share = self._shares[self.domains.index(starved[0])]
             raise ValueError(
-                f"mixture weight of {starved[0]!r} is {float(share):.3g} of the whole, less than a row "
-                f"in a block of {self.block}; set block to {math.ceil(1 / share)} or more"
+                f"mixture weight of {starved[0]!r} is {float(share):.3g} of the whole, less than "
+                f"a row in a block of {self.block}; set block to {math.ceil(1 / share)} or more"
             )
 
     @functools.cached_property

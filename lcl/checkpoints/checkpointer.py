@@ -63,13 +63,12 @@ class Checkpointer:
         CheckpointError: the directory can't be written.
 
     Example:
-        >>> import tempfile, jax.numpy as jnp, jax
-        >>> run = tempfile.mkdtemp()
-        >>> with Checkpointer(run, CheckpointPolicy(every_steps=1)) as checkpointer:
-        ...     _ = checkpointer.save(1, {"w": jnp.ones(3)}, {"stage": "english"})
-        ...     checkpointer.wait()
-        ...     restored = checkpointer.restore_latest({"w": jax.ShapeDtypeStruct((3,),
-        jnp.float32)}) >>> restored.step, restored.metadata
+        >>> import jax, jax.numpy as jnp, tempfile
+        >>> state, wanted = {"w": jnp.ones(3)}, {"w": jax.ShapeDtypeStruct((3,), jnp.float32)}
+        >>> with Checkpointer(tempfile.mkdtemp()) as checkpointer:
+        ...     _ = checkpointer.save(1, state, {"stage": "english"})
+        ...     restored = checkpointer.restore_latest(wanted)
+        >>> restored.step, restored.metadata
         (1, {'stage': 'english'})
     """
 

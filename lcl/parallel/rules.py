@@ -73,8 +73,9 @@ def mesh_spec(names: Sequence[str | None], rules: Rules = LOGICAL_AXIS_RULES) ->
         ValueError: a name that no rule knows, or two dims that want the same mesh axis.
 
     Example:
-        >>> mesh_spec(("layers", "embed", "mlp"))
-        PartitionSpec(None, 'fsdp', 'tensor')
+        >>> import jax
+        >>> mesh_spec(("layers", "embed", "mlp")) == jax.P(None, "fsdp", "tensor")
+        True
     """
     from jax.sharding import PartitionSpec
 

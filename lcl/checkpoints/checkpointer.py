@@ -21,19 +21,17 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import uuid
 import zlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from lcl.checkpoints.digest import state_digest
 from lcl.checkpoints.errors import CheckpointError, Damaged, mend, reason
 from lcl.checkpoints.leaves import describe, named_leaves, nest, unnest
 from lcl.checkpoints.policy import CheckpointPolicy
-
-if TYPE_CHECKING:
-    import os
 
 logger = logging.getLogger("lcl.checkpoints")
 
@@ -83,7 +81,10 @@ class Checkpointer:
         from etils import epath
 
         self.policy = policy or CheckpointPolicy()
-        self.directory = epath.Path(run_dir) / "checkpoints"
+        # Orbax wants absolute paths; a relative one is meant from where we stand now.
+        place = os.fspath(run_dir)
+        self.directory = epath.Path(place if "://" in place else os.path.abspath(place))
+        self.directory /= "checkpoints"
         self.read_only = read_only
         self._log = log
         self._orbax: Any = None  # made at the first save or restore: importing Orbax takes 0.3 s

@@ -104,8 +104,9 @@ def state_shardings(tree: Any, mesh: Mesh, rules: Rules = LOGICAL_AXIS_RULES) ->
 
     Args:
         tree: `jax.eval_shape(init_state)`: any pytree, with flax boxes
-            (`nn.LogicallyPartitioned`) anywhere. `optax`'s init maps over boxed parameters, so moments arrive boxed too and lie where
-            their parameters lie. An array without a box (a count, a step) is replicated.
+            (`nn.LogicallyPartitioned`) anywhere. `optax`'s init maps over boxed parameters, so
+            moments arrive boxed too and lie where their parameters lie. An array without a box
+            (a count, a step) is replicated.
         mesh: the mesh of MeshConfig.build.
         rules: LOGICAL_AXIS_RULES, or another list.
 

@@ -97,6 +97,15 @@ def test_an_empty_directory_has_nothing(tmp_path):
             checkpointer.restore(abstract(make_state()))
 
 
+def test_a_relative_run_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Checkpointer("runs/a") as checkpointer:
+        checkpointer.save(1, make_state(1), {})
+        monkeypatch.chdir("/")  # nor does it follow a process that moves
+        assert checkpointer.restore_latest(abstract(make_state())).step == 1
+    assert names(tmp_path / "runs/a") == ["00000001"]
+
+
 def test_any_step_and_a_part_of_it(saved):
     part = {"params": abstract(make_state())["params"]}
     with Checkpointer(saved, read_only=True) as checkpointer:

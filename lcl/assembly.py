@@ -277,8 +277,8 @@ class Assembly:
                 draft.write_text(config_text)
                 draft.replace(run_dir / CONFIG_FILE)
 
-    def finish_card(self, step: int) -> None:
-        """Writes the run card again, with the token ledger and the compilations."""
+    def update_card(self, step: int) -> None:
+        """Writes the run card again, with the token ledger and the compilations so far."""
         assert self._run_dir is not None
         if jax.process_index() == 0:
             run_card.write_card(self._run_dir, self._card(step))

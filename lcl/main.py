@@ -148,7 +148,11 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("report", _report, "Build the report of one run, or of several side by side.")
     sub.add_argument("run_dirs", nargs="+", metavar="RUN")
-    sub.add_argument("--out", default=None, help="where to; RUN/report if absent")
+    sub.add_argument(
+        "--out",
+        default=None,
+        help="where to; RUN/report if absent, FIRST_RUN/report/compare for several",
+    )
 
     sub = command("info", _info, "Show a run's stages, checkpoints and configuration.")
     sub.add_argument("run_dir", metavar="RUN")
@@ -160,7 +164,9 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
     if arguments.list:
         for name, info in corpora.available().items():
-            print(f"{name:22s} {info.language:4s} {info.licence:34s} {info.description}")
+            state = corpora.why_not(name) or "can be built here"
+            print(f"{name:22s} {info.language:5s} {info.description}")
+            print(f"{'':28s} {info.licence}; {state}")
         return 0
     if arguments.show:
         print(prepare.show(arguments.root))
@@ -198,10 +204,13 @@ def _train(arguments: argparse.Namespace) -> int:
         print(settings.operative_text("train", **overrides))
         return 0
     _prepare_jax()
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
     from lcl.train import train
 
     text = settings.operative_text("train", **overrides)
-    train(**settings.kwargs("train", **overrides), config_text=text)
+    with logging_redirect_tqdm():  # a log line stands above the progress bar, not in it
+        train(**settings.kwargs("train", **overrides), config_text=text)
     return 0
 
 

@@ -207,6 +207,8 @@ class _Loop:
                 ended or stopping or self.checkpoints.policy.due(step) or step == run.num_steps
             ):
                 self._save(step, state, blocking=stopping or step == run.num_steps)
+                if ended:
+                    run.update_card(step)
             if stopping or span is None:
                 return span is None
 
@@ -272,8 +274,6 @@ class _Loop:
         self.writer.flush()
         metadata = {"tokens": self.recorder.tokens}
         self.checkpoints.save(step, state, metadata, blocking=blocking)
-        if step == self.run.num_steps:
-            self.run.finish_card(step)
         self.recorder.exclude(time.monotonic() - begin)
 
     def _compile(self, span: Span) -> Any:

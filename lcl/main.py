@@ -53,6 +53,9 @@ def main(argv: Sequence[str]) -> int:
         return arguments.command(arguments)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError) as error:
         text = _one_line(error)
         if text is None or os.environ.get("LCL_TRACEBACK"):
@@ -210,7 +213,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     text = settings.operative_text("train", **overrides)
     with logging_redirect_tqdm():  # a log line stands above the progress bar, not in it
-        train(**settings.kwargs("train", **overrides), config_text=text)
+        train(**settings.kwargs("train", **overrides) | {"config_text": text})
     return 0
 
 

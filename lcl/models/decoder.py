@@ -26,6 +26,7 @@ L layers, R = H/2.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -221,8 +222,11 @@ def abstract_params_with_axes(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _init(config: DecoderConfig, key: jax.Array) -> dict[str, Any]:
+    # Rematerialisation derives keys in a way of its own, and no choice of speed against memory may
+    # change where a run starts.
+    plain = dataclasses.replace(config, remat="none", scan_layers=True)
     tokens_BT = jnp.zeros((1, 1), jnp.int32)
-    return Decoder(config).init({"params": key}, tokens_BT)["params"]
+    return Decoder(plain).init({"params": key}, tokens_BT)["params"]
 
 
 def _stack_of_layers(config: DecoderConfig) -> nn.Module:

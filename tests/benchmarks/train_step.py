@@ -38,9 +38,10 @@ CHECKED_STEPS = 3
 # How far the losses of the first steps may lie apart, absolutely. In bfloat16 the two frameworks
 # round at different places.
 LOSS_BOUND = {"float32": 1e-3, "bfloat16": 1e-2}
-# Given to both sides. Huge pages for malloc, and freed memory kept by the process: otherwise a step's
-# temporaries (0.9 GB) go back to the kernel and are faulted in again every step, which costs 0.1 s on
-# a fresh machine and up to 2 s once memory is fragmented. It must be set before a process starts.
+# Given to both sides. Huge pages for malloc, and freed memory kept by the process: otherwise a
+# step's temporaries (0.9 GB) go back to the kernel and are faulted in again every step, which costs
+# 0.1 s on a fresh machine and up to 2 s once memory is fragmented. It must be set before a process
+# starts.
 GLIBC_TUNABLES = ":".join(
     f"glibc.malloc.{setting}"
     for setting in ("hugetlb=1", "mmap_max=0", "trim_threshold=17179869184", "arena_max=1")

@@ -18,7 +18,7 @@ which keeps the scale of what passes through (LeCun et al. 1998; the cut as in t
 projections that write to the residual stream (attention/out and mlp/down) are smaller by
 1/sqrt(2L), so that the sum of 2L of them does not grow with depth (GPT-2, Radford et al. 2019,
 section 2.3). Embedding and head have 1/sqrt(D): logits then start with deviation 1, tied or not.
-A parameter's key follows from its path, so that adding one changes no other.
+A parameter's key follows from the path of its module, so that another module changes no start.
 
 Shapes: B batch, T row length, D model, F mlp, V vocabulary, N heads, K kv heads, H head dim,
 L layers, R = H/2.

@@ -248,10 +248,10 @@ class TestInitialisation:
         assert not np.array_equal(gate[0], gate[1])
         assert not np.array_equal(gate, up)
 
-    def test_neither_loop_nor_remat_nor_an_added_parameter_changes_it(self, case):
+    def test_neither_loop_nor_remat_nor_an_added_module_changes_it(self, case):
         config, params = case
         changed = dataclasses.replace(
-            config, scan_layers=False, remat="full", dtype="bfloat16", attention_bias=True
+            config, scan_layers=False, remat="full", dtype="bfloat16", qk_norm=True
         )
         other = fresh(changed)
         for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:

@@ -1,8 +1,8 @@
 """What the code around us has said about devices: the platform, and the mesh to shard over.
 
-Kernels and losses are called from inside `jax.jit`, where the arrays are tracers and no device is in
-sight. `jax.set_mesh(mesh)` around the step is the one channel by which they learn of it; nothing here
-is global state of ours.
+Kernels and losses are called from inside `jax.jit`, where the arrays are tracers and no device is
+in sight. `jax.set_mesh(mesh)` around the step is the one channel by which they learn of it; nothing
+here is global state of ours.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ TENSOR_AXIS = "tensor"
 def ambient_platform() -> str:
     """The platform being compiled for: "cpu", "tpu" or "gpu".
 
-    The ambient mesh's word comes first, because an ahead-of-time compilation for a TPU topology runs
-    on a machine whose own backend is a CPU.
+    The ambient mesh's word comes first, because an ahead-of-time compilation for a TPU topology
+    runs on a machine whose own backend is a CPU.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform

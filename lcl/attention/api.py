@@ -2,8 +2,8 @@
 
 Legend: B batch, T query length, S key length, N query heads, K key/value heads, H head dim.
 
-A kernel sees one device's rows and heads. `attend` splits the batch over the mesh axes data and fsdp
-and the heads over tensor, so that no kernel needs to know of a mesh.
+A kernel sees one device's rows and heads. `attend` splits the batch over the mesh axes data and
+fsdp and the heads over tensor, so that no kernel needs to know of a mesh.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def attend(
       [B, T, N, H] in q's dtype; 0, with gradients 0, where a query sees no key (padding).
 
     Raises:
-      ValueError: an unknown `impl`, shapes that do not fit, or an explicit `impl` that cannot run here
-        (says why).
+      ValueError: an unknown `impl`, shapes that do not fit, or an explicit `impl` that cannot run
+        here (says why).
 
     Example:
       >>> import jax.numpy as jnp
@@ -93,7 +93,8 @@ def attend(
 def _check_shapes(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, row_index_BT) -> None:
     if q_BTNH.ndim != 4 or k_BSKH.shape != v_BSKH.shape:
         raise ValueError(
-            f"q {q_BTNH.shape}, k {k_BSKH.shape}, v {v_BSKH.shape}: need [B, T, N, H] and twice [B, T, K, H]"
+            f"q {q_BTNH.shape}, k {k_BSKH.shape}, v {v_BSKH.shape}: "
+            "need [B, T, N, H] and twice [B, T, K, H]"
         )
     batch, length, num_heads, head_dim = q_BTNH.shape
     num_kv_heads = k_BSKH.shape[2]

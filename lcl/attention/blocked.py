@@ -1,23 +1,26 @@
-"""Blocked attention with its own backward: linear memory, and work only where the mask lets a key be seen.
+"""Blocked attention with its own backward: linear memory, work only where the mask lets one see.
 
-Legend: B batch, T length (padded to whole blocks), N query heads, K key/value heads, G = N / K query heads a
-key head, H head dim, C block length, J = T / C blocks. T as a letter after H, as in HC: transposed.
+Legend: B batch, T length (padded to whole blocks), N query heads, K key/value heads, G = N / K
+query heads a key head, M = B * K, H head dim (H1: and a column of ones), C block length, J = T / C
+blocks. scores_CC is [queries, keys] forward and [keys, queries] backward; JHC is blocks transposed.
 
-    one head, documents 1 1 1 2 2 2 2 3 (in blocks)          # computed    . skipped
+    one head, documents 1 1 1 2 2 2 2 3 (in blocks)       # computed    . skipped
 
-        queries 1  # . . . . . . .      forward: for each block of queries, a loop over the blocks of keys from
-                1  # # . . . . . .      the start of the documents that the block touches (a *traced* bound) to
-                1  # # # . . . . .      the diagonal, with a running softmax. So a packed row costs less than one long
-                2  . . . # . . . .      document, and compile time does not grow with T.
-                2  . . . # # . . .      backward: for each block of keys, a loop over the blocks of queries (the columns
-                2  . . . # # # . .      of the picture) on transposed scores.
-                2  . . . # # # # .
+        queries 1  # . . . . . . .    forward: for each block of queries, a loop over blocks of keys
+                1  # # . . . . . .    from the start of the documents that the block touches (a
+                1  # # # . . . . .    *traced* bound) to the diagonal, with a running softmax. So a
+                2  . . . # . . . .    packed row costs less than one long document, and compile time
+                2  . . . # # . . .    does not grow with T.
+                2  . . . # # # . .    backward: for each block of keys, a loop over the blocks of
+                2  . . . # # # # .    queries that see it (a column), on transposed scores.
                 3  . . . . . . . #
+                   keys
 
-The loop runs over one head at a time, so that its working set (a few blocks of C x C and C x H) stays in cache. Every matmul is a
-plain [m, k] x [k, n] product, which is what makes bfloat16 fast on CPU (lcl.attention.matmul): blocks that are
-needed transposed are laid out so once per head. The row sums of the softmax come out of the matmul
-with the values, through a column of ones; a separate sum would make XLA compute every exponential twice.
+The loop runs over one head at a time, so that its working set (a few blocks of C x C and C x H)
+stays in cache. Every matmul is a plain [m, k] x [k, n] product, which makes bfloat16 fast on CPU
+(lcl.attention.matmul): blocks that are needed transposed are laid out so once. The row sums of
+the softmax come out of the matmul with the values, through a column of ones; with a separate sum,
+XLA would compute every exponential twice.
 
 The algorithm is FlashAttention-2's (Dao 2023, arXiv:2307.08691, algorithms 1 and 2).
 """
@@ -63,8 +66,8 @@ def blocked(
       block: block length.
 
     Returns:
-      [B, T, N, H] in q's dtype; differentiable once, in reverse. Softmax and sums are float32. A query
-      that sees no key gives 0, and its gradients are 0.
+      [B, T, N, H] in q's dtype; differentiable once, in reverse. Softmax and sums are float32. A
+      query that sees no key gives 0, and its gradients are 0.
 
     Raises:
       ValueError: an explicit mask (its table is dense; use impl="reference").
@@ -110,7 +113,7 @@ class _Plan:
 
 
 class _Bounds(NamedTuple):
-    """Half-open ranges of blocks, int32 [B, J]: of keys for a query block, of queries for a key block."""
+    """Half-open ranges of blocks, int32 [B, J]: keys of a query block, queries of a key block."""
 
     first_key: jax.Array
     stop_key: jax.Array

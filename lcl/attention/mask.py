@@ -3,12 +3,12 @@
 Legend: B batch, T query length, S key length.
 
 Three index notions stay apart. *Row index*: the place of a token in its original row; causality,
-windows and prefixes compare it. *Position*: what RoPE has already rotated by; the mask never looks at it.
-*Segment*: the document of a token (0 = padding); equal segments see each other, and padding sees
-nothing and is seen by nothing.
+windows and prefixes compare it. *Position*: what RoPE has already rotated by; the mask never looks
+at it. *Segment*: the document of a token (0 = padding); equal segments see each other, and padding
+sees nothing and is seen by nothing.
 
-    tokens     a b c | d e | -          causal, document-masked     x = query (down) sees key (across)
-    segments   1 1 1   2 2   0
+    tokens     a b c | d e | -          causal, document-masked;
+    segments   1 1 1   2 2   0          x = query (down) sees key (across)
                                             a b c d e -
                                           a x . . . . .
                                           b x x . . . .
@@ -35,12 +35,12 @@ class Mask:
 
     Attributes:
       causal: a key is visible only from its own row index on.
-      window: if set, only keys less than `window` rows away (a causal window of 1 is the token itself).
+      window: if set, only keys less than `window` rows away (1: the token itself).
       prefix_length: if set, the first `prefix_length` rows see each other whatever `causal` says
         (prefix language models); windows and segments still apply.
-      explicit: if set, a square table of truth values indexed [query row, key row], for
-        experiments at small sizes; anything `np.asarray` takes. Stored as nested tuples, so that a mask can
-        be hashed (it is a static argument of compiled functions).
+      explicit: if set, a square table of truth values indexed [query row, key row], for experiments
+        at small sizes; anything `np.asarray` takes. Stored as nested tuples, so that a mask can be
+        hashed (it is a static argument of compiled functions).
 
     Raises:
       ValueError: a window below 1, a negative prefix, a table that is not square.
@@ -100,7 +100,7 @@ class Mask:
             distance = query_row - key_row
             seen = seen & (distance < self.window) & (-distance < self.window)
         if self.explicit is not None:
-            table = np.asarray(self.explicit)
+            table: Any = np.asarray(self.explicit)
             if not isinstance(query_row, np.ndarray) or not isinstance(key_row, np.ndarray):
                 import jax.numpy as jnp
 
@@ -135,7 +135,7 @@ class Mask:
         return self._within_window(start, stop, first_row, last_row, num_rows)
 
     def query_range(self, first_row: Any, last_row: Any, num_rows: int) -> tuple[Any, Any]:
-        """A range of queries that holds every query that sees one of the keys first_row .. last_row."""
+        """A range of queries that holds every one that sees a key of first_row .. last_row."""
         first_row, last_row = np.asarray(first_row), np.asarray(last_row)
         start, stop = np.zeros_like(first_row), np.full_like(last_row, num_rows)
         if self.causal:
@@ -154,7 +154,7 @@ class Mask:
         """The whole mask, rules on rows and documents together.
 
         Args:
-          row_index: int [..., T], the original row index of each token (`np.arange(T)` if in order).
+          row_index: int [..., T], original row index of each token (`np.arange(T)` if in order).
           segment_ids: int [..., T] or None; 0 is padding.
 
         Returns:

@@ -1,10 +1,11 @@
-"""The matmul chosen by platform: bfloat16 in, float32 out, and transposes that are really made on CPU.
+"""The matmul chosen by platform: bfloat16 in, float32 out, and on CPU transposes really made.
 
-bfloat16 operands with a float32 result are the right form everywhere. A TPU's matrix unit works that
-way, and XLA's CPU backend has a fast bfloat16 matmul that it takes only if the result type is float32
-*and* both operands lie in memory as a plain [m, k] x [k, n] product. A transposed operand is folded into
-the dot, which then falls back to a matmul two to three times slower. The cure is a layout constraint on
-the transposed operand, on CPU only: the transpose is really made, and the dot runs at full speed.
+bfloat16 operands with a float32 result are the right form everywhere. A TPU's matrix unit works
+that way, and XLA's CPU backend has a fast bfloat16 matmul that it takes only if the result type is
+float32 *and* both operands lie in memory as a plain [m, k] x [k, n] product. A transposed operand
+is folded into the dot, which then falls back to a matmul two to three times slower. The cure is a
+layout constraint on the transposed operand, on CPU only: the transpose is really made, and the dot
+runs at full speed.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ def materialized_transpose(x: jax.Array, num_leading: int = 1) -> jax.Array:
     """
     order = (*range(num_leading, x.ndim), *range(num_leading))
     if x.dtype != jnp.bfloat16 or ambient_mesh() is not None:
-        # float32 dots are as fast on a folded transpose. And XLA's partitioner does not see through a
-        # layout constraint: on a mesh it would gather x whole.
+        # float32 dots are as fast on a folded transpose. And XLA's partitioner does not see through
+        # a layout constraint: on a mesh it would gather x whole.
         return jnp.transpose(x, order)
     row_major = Layout(major_to_minor=tuple(range(x.ndim)))
     return lax.platform_dependent(

@@ -1,6 +1,7 @@
 """Dense attention, written to be obviously right: the oracle that every kernel is held to.
 
-Legend: B batch, T query length, S key length, N query heads, K key/value heads, G = N / K, H head dim.
+Legend: B batch, T query length, S key length, N query heads, K key/value heads, G = N / K query
+heads a key head, H head dim.
 
 It makes the [T, S] scores, so memory is quadratic; it takes any mask and any row order.
 """

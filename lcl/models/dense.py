@@ -1,10 +1,10 @@
 """The linear layers' matmul, `dense_dot`, with a derivative rule that stays fast in bfloat16.
 
-JAX's own rule for the backward pass of a bfloat16 matmul multiplies by folded transposes and asks for
-bfloat16 results, and XLA's CPU backend has no fast matmul for either (see lcl.attention.matmul). Here
+JAX's own rule for the backward pass of a bfloat16 matmul multiplies by folded transposes and asks
+for bfloat16 results; XLA's CPU backend is fast at neither (see lcl.attention.matmul). Here
     y = x w,    dx = g w^T,    dw = x^T g
-are three plain products of bfloat16 operands with float32 results; on a TPU the same form is the right
-one. Gradients reach float32 parameters without having been rounded to bfloat16.
+are three plain products of bfloat16 operands with float32 results; on a TPU the same form is the
+right one. Gradients reach float32 parameters without having been rounded to bfloat16.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def dense_dot(
     """
     if x.shape[x.ndim - num_contracting :] != w.shape[:num_contracting]:
         raise ValueError(
-            f"cannot contract the last {num_contracting} dims of {x.shape} with the first of {w.shape}"
+            f"cannot contract the last {num_contracting} dims of {x.shape} "
+            f"with the first of {w.shape}: they must be equal"
         )
     compute_dtype = jnp.dtype(compute_dtype or jnp.promote_types(x.dtype, w.dtype))
     if compute_dtype == jnp.bfloat16:

@@ -5,9 +5,10 @@ Legend: B batch, T sequence, D model dim, V vocabulary, C chunks, R rows of a ch
     hidden  [B, T, D] --+-- chunk 1 -- logits [R, V] -- loss, d hidden, += d kernel -- forgotten
                         +-- chunk 2 -- logits [R, V] -- ...
                         +-- ...
-The logits are the largest array of a language model's step. The gradient of the loss with respect to them is
-known as soon as they are (softmax - one-hot), so each chunk is turned at once into the gradients of hidden and
-kernel; these two are the only residuals, and the backward pass merely scales them.
+The logits are the largest array of a language model's step. The gradient of the loss with respect
+to them is known as soon as they are (softmax - one-hot), so each chunk is turned at once into the
+gradients of hidden and kernel; these two are the only residuals of size, and the backward pass
+merely scales them.
 """
 
 from __future__ import annotations
@@ -44,25 +45,28 @@ def chunked_cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sum of -log softmax(hidden @ kernel)[target], without a [T, V] array.
 
-    With lse = logsumexp(logits):  sum over tokens of weight * (lse - logit[target] + z_loss * lse^2).
+    With lse = logsumexp(logits), the sum over tokens of
+        weight * (lse - logit[target] + z_loss * lse^2).
 
-    Under an ambient mesh (`jax.set_mesh`) every device works on its own rows (axes data, fsdp, context)
-    and its own part of the vocabulary (axis tensor, where it divides V): only per-token statistics and the gradients are
-    summed across devices, the kernel's once per call.
+    Under an ambient mesh (`jax.set_mesh`) every device works on its own rows (axes data, fsdp,
+    context) and its own part of the vocabulary (axis tensor, where it divides V): only per-token
+    statistics and the gradients are summed across devices, the kernel's once per call.
 
     Args:
       hidden_BTD: float [B, T, D], after the final norm.
       kernel_DV: float [D, V], the output head.
       targets_BT: int32 [B, T], in 0 .. V-1 (also where the weight is 0).
       weights_BT: float32 [B, T]; 0 leaves a token out.
-      chunk_size: tokens of a device that are worked on at once; about chunk_size * V * 4 bytes are alive.
+      chunk_size: tokens of a device that are worked on at once (at least one of each of its rows);
+        a few times chunk_size * V * 4 bytes are alive.
       z_loss: coefficient of lse^2, which keeps the logits from drifting (PaLM, section 5).
-      dtype: of the matmuls' operands; None is the promoted dtype of hidden and kernel. Logits, softmax and loss are
-        float32 at least.
+      dtype: of the matmuls' operands; None is the promoted dtype of hidden and kernel. Logits,
+        softmax and loss are float32 at least.
 
     Returns:
-      The weighted sum (float32 scalar; z-loss included), differentiable once with respect to hidden, kernel and weights,
-      and nll_BT (float32 [B, T]; unweighted, z-loss not included), through which no gradient flows.
+      The weighted sum (float32 scalar; z-loss included), differentiable once with respect to
+      hidden, kernel and weights, and nll_BT (float32 [B, T]; unweighted, z-loss not included),
+      through which no gradient flows.
 
     Raises:
       ValueError: shapes that do not fit, or a chunk size below 1.
@@ -82,7 +86,8 @@ def chunked_cross_entropy(
         )
     if not targets_BT.shape == weights_BT.shape == hidden_BTD.shape[:2]:
         raise ValueError(
-            f"targets {targets_BT.shape} and weights {weights_BT.shape}: need {hidden_BTD.shape[:2]}"
+            f"targets {targets_BT.shape} and weights {weights_BT.shape}: "
+            f"need {hidden_BTD.shape[:2]}"
         )
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size}: must be at least 1 token")
@@ -227,36 +232,41 @@ def _one_device(
         )
         return x_BTx[:, :length]
 
-    # Once, outside the scan: in bfloat16 on CPU the transpose is a real copy.
-    kernel_VD = materialized_transpose(kernel_DV) if with_gradients else None
-
-    def step(dkernel_DV, chunk):
-        hidden_RD, targets_R, weights_R = chunk
+    def loss(chunk):
+        hidden_RD, targets_R, _ = chunk
         logits = _Logits.of(plain_dot(hidden_RD, kernel_DV), targets_R, places)
         nll_R = logits.lse_R - logits.target_R
-        objective_R = nll_R + settings.z_loss * jnp.square(logits.lse_R)
-        if not with_gradients:
-            return dkernel_DV, (nll_R, objective_R, None)
+        return logits, nll_R, nll_R + settings.z_loss * jnp.square(logits.lse_R)
+
+    accum = jnp.promote_types(settings.dtype, jnp.float32)
+    chunks = split(hidden_BTD), split(targets_BT), split(weights_BT.astype(accum))
+    if not with_gradients:
+        nll_CR, objective_CR = lax.map(lambda chunk: loss(chunk)[1:], chunks)
+        total = jnp.sum(weights_BT * join(objective_CR))
+        return places.sum_over_tokens(total), join(nll_CR), None
+
+    # Once, outside the scan: in bfloat16 on CPU the transpose is a real copy.
+    kernel_VD = materialized_transpose(kernel_DV)
+
+    def loss_and_gradients(dkernel_DV, chunk):
+        hidden_RD, _, weights_R = chunk
+        logits, nll_R, objective_R = loss(chunk)
         dlogits_RV = logits.gradient(weights_R, settings.z_loss).astype(settings.dtype)
         dhidden_RD = places.sum_over_vocab(plain_dot(dlogits_RV, kernel_VD))
         dkernel_DV = dkernel_DV + plain_dot(materialized_transpose(hidden_RD), dlogits_RV)
         return dkernel_DV, (nll_R, objective_R, dhidden_RD)
 
-    accum = jnp.promote_types(settings.dtype, jnp.float32)
-    start = jnp.zeros(kernel_DV.shape, accum) if with_gradients else None
-    chunks = split(hidden_BTD), split(targets_BT), split(weights_BT.astype(accum))
-    dkernel_DV, (nll_CR, objective_CR, dhidden_CRD) = lax.scan(step, start, chunks)
+    start = jnp.zeros(kernel_DV.shape, accum)
+    dkernel_DV, (nll_CR, objective_CR, dhidden_CRD) = lax.scan(loss_and_gradients, start, chunks)
     objective_BT = join(objective_CR)
     total = places.sum_over_tokens(jnp.sum(weights_BT * objective_BT))
-    if not with_gradients:
-        return total, join(nll_CR), None
     gradients = join(dhidden_CRD), places.sum_kernel_gradient(dkernel_DV), objective_BT
     return total, join(nll_CR), gradients
 
 
 @dataclasses.dataclass(frozen=True)
 class _Logits:
-    """One chunk's logits (this device's part of the vocabulary) and their statistics (of the whole)."""
+    """A chunk's logits, one device's part of the vocabulary, and statistics over all of it."""
 
     exp_RV: jax.Array  # exp(logits - max)
     total_R: jax.Array  # sum of exp_RV over the whole vocabulary

@@ -13,10 +13,10 @@ from lcl.objectives.cross_entropy import chunked_cross_entropy
 
 @dataclasses.dataclass(frozen=True)
 class NextToken:
-    """loss = sum(weight * (nll + z_loss * lse^2)) / sum(weight) over every token of the global batch.
+    """sum(weight * (nll + z_loss * lse^2)) / sum(weight) over every token of the global batch.
 
-    A sum over a sum, never a mean of means: the loss does not depend on how rows are spread over devices or
-    how full they are. A batch without any weight has loss 0 and gradient 0, not NaN.
+    A sum over a sum, never a mean of means: the loss does not depend on how rows are spread over
+    devices or how full they are. A batch without any weight has loss 0 and gradient 0, not NaN.
 
     Attributes:
       z_loss: coefficient of lse^2; part of the loss, not of the sums by source.
@@ -38,14 +38,16 @@ class NextToken:
         """The loss of one batch, for `jax.value_and_grad(..., has_aux=True)`.
 
         Args:
-          model: a Decoder: has `apply(..., method="hidden")`, `head_kernel(params)` and `config.dtype`.
+          model: a Decoder, of which `apply(..., method="hidden")`, `head_kernel(params)` and
+            `config.dtype` are used.
           params: its parameters.
           batch: a Batch, fields [B, T].
           num_sources: source_ids lie in 0 .. num_sources - 1.
 
         Returns:
           loss, float32 scalar in nats per token, and a dict of float32 arrays:
-          "nll_sum_by_source" [num_sources] (weighted nats), "weight_by_source" [num_sources], "weight" scalar.
+          "nll_sum_by_source" [num_sources] (weighted nats), "weight_by_source" [num_sources] and
+          "weight" (scalar).
         """
         hidden_BTD = model.apply(
             {"params": params},

@@ -13,6 +13,8 @@ import pytest
 from lcl import config
 from lcl.config import ConfigError
 
+pytestmark = pytest.mark.smoke
+
 
 @dataclasses.dataclass(frozen=True)
 class TeaLeaf:

@@ -239,8 +239,8 @@ class _Loop:
         self, step: int, state: TrainState, ended: Span | None, span: Span | None
     ) -> None:
         """Held-out loss of every domain, written once; a signal cuts it short (it is redone)."""
-        begin = time.monotonic()
         self.recorder.drain()
+        begin = time.monotonic()
         where = ended or span
         assert where is not None
         eval_step = self.run.eval_step(where)
@@ -269,8 +269,8 @@ class _Loop:
 
     def _save(self, step: int, state: TrainState, *, blocking: bool) -> None:
         """Logs first, then the state: whatever a checkpoint stands on is on disk before it."""
-        begin = time.monotonic()
         self.recorder.drain()
+        begin = time.monotonic()
         self.writer.flush()
         metadata = {"tokens": self.recorder.tokens}
         self.checkpoints.save(step, state, metadata, blocking=blocking)

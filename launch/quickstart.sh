@@ -17,6 +17,12 @@ install .venv "$python" runtime
 lcl=.venv/bin/lcl
 begin=$SECONDS
 
+# Two CPU cores train such a small model half as fast again as two devices than as two threads of
+# one. The run is the same on any mesh, so this changes nothing but the time.
+if [[ -z "${XLA_FLAGS:-}" && "$(nproc)" -ge 2 && ! -e /dev/accel0 && ! -e /dev/vfio/0 ]]; then
+  export XLA_FLAGS=--xla_force_host_platform_device_count=2
+fi
+
 # English, then code, then French, from the distribution's packages where apt can be had; otherwise
 # the corpora that lie in every Python: English documentation, then code.
 corpora=(manpages-en python manpages-fr)

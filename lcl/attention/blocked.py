@@ -35,6 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from lcl.attention.mask import Mask
 from lcl.attention.matmul import plain_dot
@@ -226,7 +227,10 @@ def _forward(q_MGTH, k_M1TH, v_M1TH, segment_ids_BT, plan: _Plan):
         *per_head,
     )
     out_MGJCH, lse_MGJC = lax.scan(key_head, None, xs)[1]
-    out_MGTH = out_MGJCH.reshape(q_MGTH.shape)
+    # Named so that a rematerialisation policy can keep them: with both, and q, k, v, the backward
+    # pass needs no second forward.
+    out_MGTH = checkpoint_name(out_MGJCH.reshape(q_MGTH.shape), "context")
+    lse_MGJC = checkpoint_name(lse_MGJC, "context_lse")
     return out_MGTH, (q_MGTH, k_M1TH, v_M1TH, out_MGTH, lse_MGJC, *per_head)
 
 

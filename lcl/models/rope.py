@@ -183,7 +183,8 @@ def apply_rope(x_BTNH: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax
       >>> apply_rope(x, cos_BTR=jnp.zeros((1, 1, 1)), sin_BTR=jnp.ones((1, 1, 1))).ravel().tolist()
       [0.0, 1.0]
     """
-    cos, sin = cos_BTR[:, :, None, :], sin_BTR[:, :, None, :]
+    # No gradient flows into positions; without this, x's halves would be kept for it.
+    cos, sin = (jax.lax.stop_gradient(x)[:, :, None, :] for x in (cos_BTR, sin_BTR))
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 

@@ -87,9 +87,9 @@ def test_loop_and_rematerialisation_change_no_number(scan_layers, remat, params,
     assert_trees_close(gradients, baseline[1], rtol=2e-5)
 
 
-def backward_matmuls(remat: str, params) -> int:
+def backward_matmuls(remat: str, params, attention: str = "reference") -> int:
     """Matmuls of the loop's forward and backward together: more of them, more is recomputed."""
-    config = dataclasses.replace(CONFIG, remat=remat)
+    config = dataclasses.replace(CONFIG, remat=remat, attention=attention)
 
     def loss_fn(params):
         return Decoder(config).apply({"params": params}, TOKENS).sum()
@@ -109,9 +109,20 @@ def test_policies_recompute_what_they_say(params):
     assert count["dots"] - count["none"] == 1
 
 
+def test_the_blocked_kernel_s_softmax_sums_are_kept_with_its_output(params):
+    count = {name: backward_matmuls(name, params, "blocked") for name in ("none", "dots")}
+    assert count["dots"] == count["none"], "attention must not run twice"
+
+
 def test_every_tag_is_put_on_a_value(params):
-    jaxpr = str(jax.make_jaxpr(lambda p: Decoder(CONFIG).apply({"params": p}, TOKENS))(params))
-    assert set(re.findall(r"name=(\w+_proj|context|mlp_\w+)\b", jaxpr)) == set(TAGS)
+    config = dataclasses.replace(CONFIG, attention="blocked")
+
+    def loss_fn(params):
+        return Decoder(config).apply({"params": params}, TOKENS).sum()
+
+    jaxpr = str(jax.make_jaxpr(jax.grad(loss_fn))(params))
+    found = set(re.findall(r"name=(\w+_proj|context\w*|mlp_\w+)\b", jaxpr))
+    assert found == set(TAGS)
 
 
 def test_the_loop_is_compiled_once():

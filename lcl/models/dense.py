@@ -95,8 +95,9 @@ def _over_tokens(x: jax.Array, g: jax.Array, num_batch: int) -> jax.Array:
         return plain_dot(materialized_transpose(x, num_batch), g, num_batch)
     # As one matrix product over all tokens that names no transpose: XLA's CPU backend would move a
     # transpose into whatever made x, and write it column by column.
-    flat = [y.reshape(math.prod(y.shape[:num_batch]), -1) for y in (x, g)]
-    dw = lax.dot_general(*flat, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    x_XI, g_XO = (y.reshape(math.prod(y.shape[:num_batch]), -1) for y in (x, g))
+    accum = jnp.promote_types(x.dtype, jnp.float32)
+    dw = lax.dot_general(x_XI, g_XO, (((0,), (0,)), ((), ())), preferred_element_type=accum)
     return dw.reshape(x.shape[num_batch:] + g.shape[num_batch:])
 
 

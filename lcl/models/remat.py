@@ -11,9 +11,9 @@ Q = N H query, 2 K H key and value, F mlp width:
     save_qkv           Q + 2 K H                                                       + attention
     full               nothing                                                         the layer
 
-(A kernel that can tell its softmax's sums apart from its output tags these too, so that keeping both
-spares the second forward; the dense reference computes its scores again.) "dots" costs next to no
-time: on a CPU it is as fast as "none", which writes and reads 2.7 times as much.
+A kernel that can tell its softmax's sums apart from its output tags these too, so that keeping both
+spares the second forward; the dense reference computes its scores again. "dots" costs next to no
+time (measured on a CPU: none), because what it drops is cheap to make and dear to write.
 
 The tags are MaxText's idea (its `query_proj`, `mlpwi_0`, ...); matmuls are kept by tag and not by
 JAX's `dots_*` policies, because those would also keep the score blocks inside a blocked attention.

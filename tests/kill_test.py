@@ -86,7 +86,7 @@ def kill_and_resume(
       life: seconds that a whole run takes; a blow falls anywhere within them.
     """
     chance = random.Random(seed)
-    struck = 0
+    struck = finished = 0
     while struck < kills:
         child = start(root, run_dir)
         begin = time.monotonic()
@@ -100,8 +100,8 @@ def kill_and_resume(
             continue
         # It came to its end before the blow: begin again, so that every kill strikes a live run.
         assert child.returncode == 0
-        moved = run_dir.with_name(f"{run_dir.name}-finished-{struck}")
-        run_dir.rename(moved)
+        finished += 1
+        run_dir.rename(run_dir.with_name(f"{run_dir.name}-finished-{finished}"))
     finish(root, run_dir)
     return struck
 

@@ -74,19 +74,20 @@ def _dot(x: jax.Array, w: jax.Array, num_contracting: int, compute_dtype: Any) -
 
 
 def _forward(x: jax.Array, w: jax.Array, num_contracting: int, compute_dtype: Any):
-    x_low, w_low = x.astype(compute_dtype), w.astype(compute_dtype)
-    # Empty arrays carry the dtypes of x and w to the backward pass.
-    kinds = (jnp.zeros((0,), x.dtype), jnp.zeros((0,), w.dtype))
-    return plain_dot(x_low, w_low, num_contracting), (x_low, w_low, kinds)
+    x_low = x.astype(compute_dtype)
+    # w itself is kept and cast again: it exists anyway, a cast copy of every layer's would not.
+    # The empty array carries the dtype of x to the backward pass.
+    residuals = (x_low, w, jnp.zeros((0,), x.dtype))
+    return plain_dot(x_low, w.astype(compute_dtype), num_contracting), residuals
 
 
 def _backward(num_contracting: int, compute_dtype: Any, residuals, g: jax.Array):
-    x, w, (x_kind, w_kind) = residuals
-    g = g.astype(compute_dtype)
+    x, w, x_kind = residuals
+    w_low, g = w.astype(compute_dtype), g.astype(compute_dtype)
     num_batch, num_out = x.ndim - num_contracting, w.ndim - num_contracting
-    dx = plain_dot(g, materialized_transpose(w, num_contracting), num_out)
+    dx = plain_dot(g, materialized_transpose(w_low, num_contracting), num_out)
     dw = _over_tokens(x, g, num_batch)
-    return dx.astype(x_kind.dtype), dw.astype(w_kind.dtype)
+    return dx.astype(x_kind.dtype), dw.astype(w.dtype)
 
 
 def _over_tokens(x: jax.Array, g: jax.Array, num_batch: int) -> jax.Array:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -137,9 +138,7 @@ class RMSNorm(nn.Module):
             (self.dim,),
             jnp.float32,
         )
-        x = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        return (x * jax.lax.rsqrt(mean_square + self.eps) * scale).astype(self.dtype)
+        return _normalise(x, scale, self.eps, self.dtype)
 
 
 class Embed(nn.Module):
@@ -213,7 +212,7 @@ class GatedMlp(nn.Module):
             return checkpoint_name(y_BTF, tag)
 
         gate_BTF, up_BTF = widen("gate", "mlp_gate"), widen("up", "mlp_up")
-        hidden_BTF = jax.nn.silu(gate_BTF.astype(jnp.float32)) * up_BTF.astype(jnp.float32)
+        hidden_BTF = _swiglu(gate_BTF, up_BTF, self.dtype)
         return Dense(
             in_shape=(self.mlp_dim,),
             out_shape=(self.embed_dim,),
@@ -223,4 +222,22 @@ class GatedMlp(nn.Module):
             use_bias=self.use_bias,
             init_scale=self.out_init_scale,
             name="down",
-        )(hidden_BTF.astype(self.dtype))
+        )(hidden_BTF)
+
+
+# The two below are cheap to make and dear to keep: autodiff would keep seven arrays of them for the
+# backward pass. Checkpointed, it keeps their inputs, which others need as well.
+
+
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=(2, 3))
+def _normalise(x: jax.Array, scale: jax.Array, eps: float, dtype: jnp.dtype) -> jax.Array:
+    """RMSNorm's formula, computed in float32."""
+    x = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    return (x * jax.lax.rsqrt(mean_square + eps) * scale).astype(dtype)
+
+
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=(2,))
+def _swiglu(gate: jax.Array, up: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """silu(gate) * up, computed in float32."""
+    return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(dtype)

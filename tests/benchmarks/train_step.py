@@ -58,6 +58,7 @@ class Job:
     batch: int
     length: int
     cores: int
+    tunables: str
     weights: str
     seed: int = 0
 
@@ -277,7 +278,7 @@ class Worker:
             **os.environ,
             "PYTHONPATH": str(REPOSITORY),
             "JAX_PLATFORMS": "cpu",
-            "GLIBC_TUNABLES": GLIBC_TUNABLES,
+            "GLIBC_TUNABLES": job.tunables,
             "TF_CPP_MIN_LOG_LEVEL": "3",
             "HF_HUB_OFFLINE": "1",
         }
@@ -426,6 +427,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cores", type=int, choices=(1, 2), default=2)
+    parser.add_argument("--tunables", default=GLIBC_TUNABLES, help="GLIBC_TUNABLES of both sides")
     parser.add_argument("--json", help="append each record to this file as one line")
     parser.add_argument("--worker", nargs=2, metavar=("SIDE", "JOB"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -442,6 +444,7 @@ def main() -> None:
                 batch=arguments.batch,
                 length=arguments.length,
                 cores=arguments.cores,
+                tunables=arguments.tunables,
                 weights=f"{folder}/weights.npz",
             )
             record = compare(job, arguments.rounds)

@@ -1,6 +1,7 @@
 """Our train step against Hugging Face transformers + PyTorch's, the same work on the same machine.
 
     python tests/benchmarks/train_step.py                       # both cores, float32 and bfloat16
+    python tests/benchmarks/train_step.py --devices 2           # ours as a mesh of two CPU devices
     python tests/benchmarks/train_step.py --cores 1 --rounds 7  # the ratio that holds under load
 
 Two worker processes take turns, one step at a time, over a pipe; the other one sleeps meanwhile.
@@ -58,6 +59,7 @@ class Job:
     batch: int
     length: int
     cores: int
+    devices: int
     tunables: str
     weights: str
     seed: int = 0
@@ -80,6 +82,8 @@ class Ours:
         import jax
         import jax.numpy as jnp
         import numpy as np
+        from flax.linen import logical_axis_rules
+        from jax.sharding import NamedSharding, PartitionSpec
 
         from lcl.checkpoints.huggingface import from_hf_state_dict
         from lcl.data import Batch
@@ -87,6 +91,7 @@ class Ours:
         from lcl.objectives import NextToken
         from lcl.optim import AdamW
         from lcl.optim.schedules import constant
+        from lcl.parallel import MeshConfig, rules
         from lcl.step import TrainState, make_train_step
 
         self.job, self.versions = job, {"jax": jax.__version__}
@@ -119,7 +124,18 @@ class Ours:
             ),
         )
         step = make_train_step(Decoder(config), NextToken(), optimizer, chain, num_sources=6)
-        self._step = jax.jit(step, donate_argnums=0)
+        jitted = jax.jit(step, donate_argnums=0)
+        if job.devices == 1:
+            self._step = jitted
+            return
+        # As a run does it: rows split over the devices, the state on each of them.
+        mesh = MeshConfig().build()
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        self.state = jax.device_put(self.state, everywhere)
+        self.batch = rules.put_batch(self.batch, mesh)
+        with jax.set_mesh(mesh), logical_axis_rules(rules.LOGICAL_AXIS_RULES):
+            jitted = jax.jit(step, donate_argnums=0, out_shardings=(everywhere, None))
+            self._step = jitted.lower(self.state, self.batch).compile()
 
     def step(self) -> float:
         """One update; the loss before it. Returns when everything is done."""
@@ -289,6 +305,8 @@ class Worker:
                 "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
             )
             environment["OMP_NUM_THREADS"] = "1"
+        elif side == "ours" and job.devices > 1:
+            environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={job.devices}"
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -427,6 +445,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cores", type=int, choices=(1, 2), default=2)
+    parser.add_argument("--devices", type=int, default=1, help="CPU devices of ours")
     parser.add_argument("--tunables", default=GLIBC_TUNABLES, help="GLIBC_TUNABLES of both sides")
     parser.add_argument("--json", help="append each record to this file as one line")
     parser.add_argument("--worker", nargs=2, metavar=("SIDE", "JOB"), help=argparse.SUPPRESS)
@@ -444,6 +463,7 @@ def main() -> None:
                 batch=arguments.batch,
                 length=arguments.length,
                 cores=arguments.cores,
+                devices=arguments.devices,
                 tunables=arguments.tunables,
                 weights=f"{folder}/weights.npz",
             )

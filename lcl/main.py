@@ -260,8 +260,9 @@ def _prepare_jax() -> None:
     """Process-wide settings of JAX, made here and nowhere in the library."""
     import jax
 
-    from lcl.parallel.distributed import initialize_distributed
+    from lcl.parallel import host_device_environment, initialize_distributed
 
+    os.environ.update(host_device_environment())  # read when the backend starts
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "lcl", "jax"))

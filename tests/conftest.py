@@ -92,6 +92,8 @@ def run_python(tmp_path: pathlib.Path):
     first import of JAX: hence a process. `args` follow the code, `env` is added to ours.
     """
 
+    from lcl.parallel import host_device_environment
+
     def run(
         code: str,
         *args: str,
@@ -101,9 +103,7 @@ def run_python(tmp_path: pathlib.Path):
     ) -> str:
         child = dict(os.environ)
         child["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), child.get("PYTHONPATH", "")])
-        if devices != 1:
-            flag = f"--xla_force_host_platform_device_count={devices}"
-            child["XLA_FLAGS"] = f"{child.get('XLA_FLAGS', '')} {flag}".strip()
+        child.update(host_device_environment(devices, child))
         child.update(env or {})
         done = subprocess.run(
             [sys.executable, "-c", code, *args],

@@ -20,6 +20,7 @@ MESHES = {
     "8x1": {"data": 8},
     "2x4": {"data": 2, "fsdp": 4},
     "2x2x2": {"data": 2, "fsdp": 2, "tensor": 2},
+    "2x1x2x2": {"data": 2, "context": 2, "tensor": 2},
 }
 
 CHILD = """

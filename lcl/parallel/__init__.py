@@ -12,6 +12,7 @@ from lcl.parallel.flops import (
     mfu,
     train_flops_per_token,
 )
+from lcl.parallel.host_devices import host_device_environment
 from lcl.parallel.mesh import AXES, MeshConfig, describe
 from lcl.parallel.rules import (
     LOGICAL_AXIS_RULES,
@@ -42,6 +43,7 @@ __all__ = [
     "chip_peak_flops",
     "describe",
     "global_batch",
+    "host_device_environment",
     "initialize_distributed",
     "matmul_parameters",
     "mean_context",

@@ -33,6 +33,8 @@ import tempfile
 import time
 from typing import Any
 
+from lcl.parallel import host_device_environment
+
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY, CLIP = 3e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
 CHECKED_STEPS = 3
@@ -306,7 +308,7 @@ class Worker:
             )
             environment["OMP_NUM_THREADS"] = "1"
         elif side == "ours" and job.devices > 1:
-            environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={job.devices}"
+            environment.update(host_device_environment(job.devices))
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from lcl.parallel import host_device_environment
 from lcl.parallel.distributed import initialize_distributed, is_pod
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -107,7 +108,7 @@ def test_two_processes_hold_one_batch_and_one_checkpoint(tmp_path):
         env = {
             **os.environ,
             "PYTHONPATH": str(REPOSITORY),
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+            **host_device_environment(2),
             "LCL_COORDINATOR_ADDRESS": f"localhost:{port}",
             "LCL_NUM_PROCESSES": "2",
             "LCL_PROCESS_ID": str(number),

@@ -52,6 +52,74 @@ class Batch(NamedTuple):
     row_index: np.ndarray | None = None
 
 
+class Runs(NamedTuple):
+    """The segments of a batch's rows, row after row; int64[S] each.
+
+    row: which row; start: its first cell; length: how many cells; segment: its number in
+    `segment_ids`.
+    """
+
+    row: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    segment: np.ndarray
+
+
+def segment_runs(segment_ids_BT: np.ndarray) -> Runs:
+    """Find the segments of every row; padding (0) is none.
+
+    Args:
+        segment_ids_BT: int[B, T].
+
+    Returns:
+        Runs, ordered by row and cell. A segment is a run of equal numbers.
+
+    Example:
+        >>> runs = segment_runs(np.array([[1, 1, 2, 2, 2], [1, 0, 0, 0, 0]]))
+        >>> runs.row.tolist(), runs.start.tolist(), runs.length.tolist()
+        ([0, 0, 1], [0, 2, 0], [2, 3, 1])
+    """
+    segment_ids_BT = np.asarray(segment_ids_BT)
+    begins = np.ones(segment_ids_BT.shape, bool)
+    begins[:, 1:] = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
+    flat = np.flatnonzero(begins)
+    length = np.diff(flat, append=segment_ids_BT.size)
+    segment = segment_ids_BT.ravel()[flat].astype(np.int64)
+    row, start = np.divmod(flat, segment_ids_BT.shape[1])
+    real = segment > 0
+    return Runs(row[real], start[real], length[real], segment[real])
+
+
+class RowTransform(Protocol):
+    """What a method does to a batch on its way out: other positions, segments or cells.
+
+    A frozen dataclass. It is called on the host, for any part of a step's rows, and must give every
+    row what it would get in the whole batch: random numbers come from `key` and `places_B` only.
+    """
+
+    def content_length(self, row_length: int) -> int:
+        """Return how many of a row's cells documents may fill, or refuse the row's length."""
+        ...
+
+    def __call__(
+        self, batch: Batch, *, step: int, num_steps: int, key: int, places_B: np.ndarray
+    ) -> Batch:
+        """Return the transformed batch; the given one is left as it is.
+
+        Args:
+            batch: rows [B, T], with no more than `content_length(T)` cells filled.
+            step: step within the stage, from 0.
+            num_steps: the stage's length.
+            key: 64-bit key of the seed and the stage.
+            places_B: int64[B], the rows' numbers in the stage (step * rows of a step + row).
+        """
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """Return everything that decides the result, as plain values to be hashed."""
+        ...
+
+
 class TokenStore(Protocol):
     """What this module needs of a `lcl.data.store.Store`."""
 

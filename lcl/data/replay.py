@@ -11,20 +11,24 @@ cannot silently stop.
               replayed         a4 b0 a3 b1 a0 | b1 a0 a3 b0 a4 | ...   every row once in each pass
 
 Every row of the pool is replayed once before any is replayed twice: the sampler is a keyed
-permutation of the pool, a new one each pass, with no favour for recent rows.
+permutation of the pool, a new one each pass, with no favour for recent rows. Other pools than
+"every row that was read" are a matter of `Replay.buffer`: see replay_buffers.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from lcl.data.ordering import named_key, permute, shuffle_with_key
+from lcl.data.ordering import shuffle_with_key
 from lcl.data.packing import Layout, Slices, pack
-from lcl.data.plans import Plan, PrefixSums, rows_at
+from lcl.data.plans import Plan, rows_at
+from lcl.data.replay_buffers import Buffer, Everything, History, Pool, ReadFn, Used
+
+__all__ = ["MODES", "Pool", "Replay", "Used", "repack", "shown", "union"]
 
 MODES = ("add", "substitute")
 _TOLERANCE = 1e-4  # a fraction is taken to be given to four decimals
@@ -43,6 +47,7 @@ class Replay:
             that a run with replay sees the same new rows at the same steps as one without (25%
             costs 1.33 times the compute). "substitute": batch_size counts all rows, and replay
             takes the place of new ones (equal compute, fewer new rows).
+        buffer: which of the rows that were read may come again, and in what order.
 
     Example:
         >>> Replay(0.25).rows_per_step(12), Replay(0.25, "substitute").rows_per_step(12)
@@ -51,6 +56,7 @@ class Replay:
 
     fraction: float
     mode: str = "add"
+    buffer: Buffer = Everything()
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -60,6 +66,41 @@ class Replay:
                 f"replay fraction is {self.fraction}; give the share of the batch, between 0 and 1 "
                 "(for no replay leave replay out)"
             )
+
+    def settings(self) -> list[Any]:
+        """Return everything that decides the replayed rows, as plain values to be hashed."""
+        plain = [self.fraction, self.mode]
+        return plain if self.buffer == Everything() else [*plain, self.buffer.settings()]
+
+    def pool(
+        self,
+        plans: Sequence[Plan],
+        history: Sequence[Used],
+        num_domains: int,
+        key: int,
+        buffer_key: int | None = None,
+        reading: Mapping[int, ReadFn] | None = None,
+    ) -> Pool:
+        """Build what a stage may replay, after the stages before it have read `history`.
+
+        Args:
+            plans: what `Used.plan` and the pool's `locate` refer to.
+            history: what was read, stage after stage; at least one row.
+            num_domains: D, width of `tokens_in_first`.
+            key: names the order of replay in this stage.
+            buffer_key: names what the buffer draws; the same in all stages, so that a reservoir
+                carries on from one to the next. None: `key`.
+            reading: stage -> function from k to (index into plans, use) of the k-th new row which
+                it read, for the stages whose very rows are in `history`.
+
+        Raises:
+            ValueError: the buffer cannot be kept (see the buffers).
+        """
+        return self.buffer.pool(
+            History(plans, history, num_domains, reading or {}),
+            key,
+            key if buffer_key is None else buffer_key,
+        )
 
     def rows_per_step(self, batch_size: int) -> tuple[int, int]:
         """Return (new rows, replayed rows) of a step whose stage has `batch_size`.
@@ -87,64 +128,16 @@ class Replay:
         )
 
 
-class Pool:
-    """The rows a stage may replay, and the order in which it does.
+def shown(plan: Plan, first: int, count: int) -> Slices:
+    """Return the slices that the uses first .. first + count - 1 of a plan have shown.
 
-    Attributes:
-        plans: the plans whose rows are in it.
-        counts: int64[n], how many rows of each: the first ones in the order of use.
-        num_rows: P, all together.
+    Each use's row once, so a row of two epochs may be there twice: `union` and `repack` merge them.
     """
-
-    def __init__(self, plans: Sequence[Plan], counts: Sequence[int], num_domains: int, key: int):
-        """Args: num_domains: D, width of `tokens_in_first`; key: names the permutations."""
-        self.plans = tuple(plans)
-        self.counts = np.asarray(counts, np.int64)
-        self._ends = np.cumsum(self.counts)
-        self._num_domains = num_domains
-        self._domains = np.array([plan.domain for plan in self.plans])
-        self._pass_key = functools.lru_cache(maxsize=64)(lambda p: named_key("replay", key, p))
-        self._pass_sums = functools.lru_cache(maxsize=4)(
-            lambda p: PrefixSums(num_domains, functools.partial(self._tokens_by_domain, p))
-        )
-
-    @property
-    def num_rows(self) -> int:
-        return int(self.counts.sum())
-
-    def locate(self, j: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Say what the j-th replayed row is.
-
-        Args:
-            j: int64[n], >= 0.
-
-        Returns:
-            (pass over the pool, index into `plans`, which use of that plan), int64[n] each; the use
-            is an argument of `lcl.data.plans.rows_at`.
-        """
-        passes, place = np.divmod(j, self.num_rows)
-        keys = np.array([self._pass_key(p) for p in passes.tolist()], np.uint64)
-        index = permute(place, self.num_rows, keys)
-        plan = np.searchsorted(self._ends, index, side="right")
-        return passes, plan, index - (self._ends - self.counts)[plan]
-
-    def _tokens_by_domain(self, one_pass: int, place: np.ndarray) -> np.ndarray:
-        """Transitions of the rows at `place` of a pass, in their domain's column: int64[n, D]."""
-        _, plan, use = self.locate(one_pass * self.num_rows + place)
-        _, row = rows_at(self.plans, plan, use)
-        out = np.zeros((len(place), self._num_domains), np.int64)
-        for p in np.unique(plan):
-            here = plan == p
-            out[here, self._domains[p]] = self.plans[p].layout.tokens_in(row[here])
-        return out
-
-    def tokens_in_first(self, j: int) -> np.ndarray:
-        """Count the transitions of each domain in the first j replayed rows, int64[D]; exact."""
-        passes, rest = divmod(int(j), self.num_rows)
-        total = np.zeros(self._num_domains, np.int64)
-        for plan, count in zip(self.plans, self.counts.tolist(), strict=True):
-            total[plan.domain] += passes * plan.tokens_in_first(count)
-        return total + self._pass_sums(passes)(rest) if rest else total
+    if count >= plan.num_rows:
+        return plan.layout.rows(np.arange(plan.num_rows))
+    use = first + np.arange(count)
+    _, row = rows_at([plan], np.zeros(count, np.int64), use)
+    return plan.layout.rows(np.unique(row))
 
 
 def union(slices: Sequence[Slices]) -> Slices:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lcl.data.packing import METHODS, Layout, Slices
 from lcl.data.plans import Plan, rows_at
-from lcl.data.replay import Pool, Replay, repack, union
+from lcl.data.replay import Replay, Used, repack, union
 
 
 def slices(*parts):
@@ -25,6 +25,13 @@ def make_plan(num_rows, domain=0, name="x"):
     length = (1 + index * 5 % 8).astype(np.int32)
     layout = Layout(8, np.arange(num_rows + 1), index, np.zeros_like(index), length)
     return Plan((name, domain), domain, None, layout)
+
+
+def pool_of(plans, counts, num_domains, key, buffer=None):
+    """The pool after one stage that used so many rows of each plan."""
+    replay = Replay(0.5) if buffer is None else Replay(0.5, buffer=buffer)
+    history = [Used(0, p, 0, count) for p, count in enumerate(counts)]
+    return replay.pool(plans, history, num_domains, key)
 
 
 @given(batch_size=st.integers(1, 300), replayed=st.integers(1, 100))
@@ -94,7 +101,7 @@ def test_unknown_mode():
 def test_each_pass_replays_every_row_once(counts, passes):
     """Peers 5: not a reservoir, biased to recent rows, survival (1 - 1/M)^n. Here: exactly even."""
     plans = [make_plan(40, d, "p") for d in range(len(counts))]
-    pool = Pool(plans, counts, len(counts), key=1)
+    pool = pool_of(plans, counts, len(counts), key=1)
     total = sum(counts)
     one_pass, plan, use = pool.locate(np.arange(passes * total))
     assert one_pass.tolist() == np.repeat(np.arange(passes), total).tolist()
@@ -112,7 +119,7 @@ def test_no_place_in_a_pass_prefers_a_row():
     plans = [make_plan(10, 0), make_plan(10, 1)]
     first = np.zeros(20)
     for key in range(4000):
-        _, plan, use = Pool(plans, [10, 10], 2, key).locate(np.arange(3))
+        _, plan, use = pool_of(plans, [10, 10], 2, key).locate(np.arange(3))
         for p, u in zip(plan, use, strict=True):
             first[p * 10 + u] += 1
     chi2 = ((first - 600) ** 2 / 600).sum()
@@ -122,7 +129,7 @@ def test_no_place_in_a_pass_prefers_a_row():
 @given(counts=st.lists(st.integers(1, 30), min_size=1, max_size=3), j=st.integers(0, 200))
 def test_tokens_of_the_pool_are_exact(counts, j):
     plans = [make_plan(40, d, "p") for d in range(len(counts))]
-    pool = Pool(plans, counts, 3, key=5)
+    pool = pool_of(plans, counts, 3, key=5)
     _, plan, use = pool.locate(np.arange(j))
     _, row = rows_at(plans, plan, use)
     want = np.zeros(3, int)
@@ -133,7 +140,7 @@ def test_tokens_of_the_pool_are_exact(counts, j):
 
 def test_tokens_beyond_the_stride_of_the_prefix_sums():
     plan = make_plan(3000)
-    pool = Pool([plan], [2500], 1, key=0)
+    pool = pool_of([plan], [2500], 1, key=0)
     for j in (4999, 1024, 2500, 2501, 1023, 5001, 0):
         _, which, use = pool.locate(np.arange(j))
         _, row = rows_at([plan], which, use)

@@ -11,6 +11,10 @@ of every document is in exactly one slice: nothing is dropped, nothing is repeat
                 row 1 |CCCDD...|    longest first, each to the fullest row with room for it
                 row 2 |AAAAAAAA|
 
+    first_fit   row 0 |AAACCCDD|    cut as best_fit does; in the given order, each to the first row
+                row 1 |BBBBB...|    with room for it: rows follow the order, fill is lower
+                row 2 |AAAAAAAA|
+
     concat      row 0 |AAAAAAAA|    documents one after the other, cut at every row end;
                 row 1 |AAABBBBB|    only the last row may have padding (.)
                 row 2 |CCCDD...|
@@ -31,7 +35,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-METHODS = ("best_fit", "concat")
+METHODS = ("best_fit", "first_fit", "concat")
 _ARRAYS = ("row_offsets", "document", "start", "length")
 _LETTERS = string.ascii_uppercase + string.ascii_lowercase
 
@@ -90,6 +94,16 @@ class Layout:
     def fill(self) -> float:
         """Share of the rows' cells that hold a transition (1 - padding)."""
         return self.num_tokens / max(1, self.num_rows * self.row_length)
+
+    @property
+    def num_padding(self) -> int:
+        """Cells that hold no transition."""
+        return self.num_rows * self.row_length - self.num_tokens
+
+    @functools.cached_property
+    def num_cuts(self) -> int:
+        """Slices that do not begin their document: how often text was cut."""
+        return int(np.count_nonzero(self.start))
 
     @functools.cached_property
     def num_cut_documents(self) -> int:
@@ -222,18 +236,22 @@ def pack(
         lengths_N: transitions of each document (stored tokens - 1), >= 0.
         row_length: T, >= 1.
         method: "best_fit": global best-fit-decreasing ("Fewer Truncations", arXiv:2404.10830); a
-          document is cut only if it is longer than a row (T-pieces and a remainder). "concat":
+          document is cut only if it is longer than a row (T-pieces and a remainder). "first_fit":
+          cut likewise, but placed in the given order, each in the first row with room. "concat":
           concatenate and chunk; documents are cut wherever a row ends.
-        order_N: permutation of the documents (default 0, 1, ...). concat: the order of
-          concatenation. best_fit: breaks ties between equal lengths, and orders the slices within
-          each row.
+        order_N: int[M], the documents to lay out (default 0, 1, ..., N - 1). Usually a permutation;
+          a document may come several times, each time as a document of its own, or not at all.
+          concat: the order of concatenation. first_fit: the order of placing. best_fit: breaks ties
+          between equal lengths. The slices within a row are in this order always.
 
     Returns:
-        A Layout whose slices hold every transition of every document exactly once. Rows come in no
-        meaningful order: the stream shuffles them.
+        A Layout whose slices hold every transition of every document in order_N exactly once (as
+        often as it comes). Rows come in no meaningful order: the stream shuffles them. O(M log M),
+        whichever the method.
 
     Raises:
-        ValueError: unknown method, row_length < 1, a negative length, or order_N of another size.
+        ValueError: unknown method, row_length < 1, a negative length, or order_N names a document
+          that is not there.
 
     Example:
         >>> print(pack(np.array([11, 5, 3, 2]), 8))
@@ -251,16 +269,16 @@ def pack(
         raise ValueError(
             f"a document has length {lengths_N.min()}; lengths count transitions, >= 0"
         )
-    if order_N is None:
-        order_N = np.arange(len(lengths_N))
-    if len(order_N) != len(lengths_N):
+    order_N = np.arange(len(lengths_N)) if order_N is None else np.asarray(order_N, np.int64)
+    strange = (order_N < 0) | (order_N >= len(lengths_N))
+    if strange.any():
         raise ValueError(
-            f"order_N has {len(order_N)} entries for {len(lengths_N)} documents; make them equal"
+            f"order_N names document {order_N[strange][0]}; there are {len(lengths_N)}, from 0 on"
         )
-    order_N = np.asarray(order_N, np.int64)
     order_N = order_N[lengths_N[order_N] > 0]
-    pack_fn = _pack_best_fit if method == "best_fit" else _pack_concat
-    return pack_fn(lengths_N, row_length, order_N)
+    if method == "concat":
+        return _pack_concat(lengths_N, row_length, order_N)
+    return _pack_whole(lengths_N, row_length, order_N, best=method == "best_fit")
 
 
 def _pack_concat(lengths_N: np.ndarray, row_length: int, order_N: np.ndarray) -> Layout:
@@ -286,20 +304,28 @@ def _pack_concat(lengths_N: np.ndarray, row_length: int, order_N: np.ndarray) ->
     )
 
 
-def _pack_best_fit(lengths_N: np.ndarray, row_length: int, order_N: np.ndarray) -> Layout:
+def _pack_whole(
+    lengths_N: np.ndarray, row_length: int, order_N: np.ndarray, *, best: bool
+) -> Layout:
     """Cut documents longer than a row, bin the remainders, and sort the slices by row."""
     lengths = lengths_N[order_N]
     num_full, rest = np.divmod(lengths, row_length)
     # Whole-row pieces: each is a row of its own, after the binned rows.
     full_document = np.repeat(order_N, num_full)
     piece = np.arange(len(full_document)) - np.repeat(np.cumsum(num_full) - num_full, num_full)
-    # Remainders (the whole document, when it fits), longest first; equal lengths keep the order.
+    # Remainders (the whole document, when it fits).
     left = np.flatnonzero(rest)
-    decreasing = left[np.argsort(-rest[left], kind="stable")]
-    values, counts = np.unique(-rest[decreasing], return_counts=True)
-    bins, num_bins = _best_fit_bins((-values).tolist(), counts.tolist(), row_length)
     bin_of = np.empty(len(order_N), np.int64)
-    bin_of[decreasing] = bins
+    if best:  # longest first; equal lengths keep the order
+        shortness = (row_length - rest[left]).astype(np.min_scalar_type(row_length))
+        decreasing = left[np.argsort(shortness, kind="stable")]  # a radix sort at 16 bits
+        counts = np.bincount(rest[left])
+        values = np.flatnonzero(counts)[::-1]
+        bin_of[decreasing], num_bins = _best_fit_bins(
+            values.tolist(), counts[values].tolist(), row_length
+        )
+    else:
+        bin_of[left], num_bins = _first_fit_bins(rest[left].tolist(), row_length)
     # `left` is in order, so a stable sort by bin leaves each row's slices in order: no row has its
     # longest document always first, which would tie a document's length to its place in the row.
     by_bin = left[np.argsort(bin_of[left], kind="stable")]
@@ -312,6 +338,48 @@ def _pack_best_fit(lengths_N: np.ndarray, row_length: int, order_N: np.ndarray) 
     return Layout(
         row_length, row_offsets.astype(np.int64), document, start, length.astype(np.int32)
     )
+
+
+def _first_fit_bins(items: list[int], capacity: int) -> tuple[list[int], int]:
+    """First fit, in order: each item into the lowest-numbered bin with room for it.
+
+    A complete binary tree over the bins holds in each node the most room below it. Going down, the
+    left child is taken whenever it has room enough. Unopened bins are in it with all their room, so
+    opening one is no special case; and with at least one bin too many, an item always finds one.
+
+        room of bins 0 .. 3          8                  an item of 3: 8 at the top, 3 at the left,
+                                 3       8              then 1 is too little, so bin 1
+                               1   3   6   8
+
+    Args:
+        items: sizes, each in [1, capacity].
+        capacity: room of an empty bin.
+
+    Returns:
+        (bin of each item; number of bins). O(n log n).
+    """
+    # Two bins hold more than one can: the later's first item had no room in the earlier.
+    most = min(len(items), 2 * sum(items) // capacity + 1)
+    size = 1 << most.bit_length()
+    room = [capacity] * (2 * size)
+    out: list[int] = []
+    for item in items:
+        node = 1
+        while node < size:
+            node += node
+            if room[node] < item:
+                node += 1
+        out.append(node - size)
+        left = room[node] - item
+        room[node] = left
+        while node > 1:
+            sibling = room[node ^ 1]
+            node >>= 1
+            left = left if left > sibling else sibling
+            if room[node] == left:
+                break
+            room[node] = left
+    return out, max(out, default=-1) + 1
 
 
 def _best_fit_bins(values: list[int], counts: list[int], capacity: int) -> tuple[list[int], int]:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lcl.data.packing import METHODS, Layout, TornLayoutError, pack
+from lcl.data.packing import METHODS, Layout, TornLayoutError, _best_fit_bins, pack
 
 LENGTHS = st.lists(st.integers(0, 40), max_size=60)
 
@@ -27,6 +27,17 @@ def best_fit_decreasing(lengths, capacity):
         else:
             rooms.append(capacity - length)
     return rooms
+
+
+def first_fit(items, capacity):
+    """The textbook O(n^2) algorithm: the bin of each item."""
+    rooms, bins = [], []
+    for item in items:
+        chosen = next((b for b, room in enumerate(rooms) if room >= item), len(rooms))
+        rooms += [capacity] * (chosen == len(rooms))
+        rooms[chosen] -= item
+        bins.append(chosen)
+    return bins
 
 
 def coverage(layout, lengths):
@@ -67,9 +78,78 @@ def test_best_fit_equals_the_quadratic_algorithm(lengths, row_length):
     assert sorted(got.tolist()) == sorted(rooms)
 
 
-@given(lengths=LENGTHS, row_length=st.integers(1, 24))
-def test_best_fit_cuts_only_what_is_longer_than_a_row(lengths, row_length):
-    layout = pack(lengths, row_length)
+@given(items=st.lists(st.integers(1, 24), max_size=60), more_room=st.integers(0, 10))
+def test_every_assignment_is_a_best_fit(items, more_room):
+    """The rule itself, item by item: the fullest bin with room, a new one only if there is none."""
+    capacity = max(items, default=1) + more_room
+    values = sorted(set(items), reverse=True)
+    bins, num_bins = _best_fit_bins(values, [items.count(v) for v in values], capacity)
+    rooms = {}
+    for item, chosen in zip(sorted(items, reverse=True), bins, strict=True):
+        fitting = [room for room in rooms.values() if room >= item]
+        assert rooms.get(chosen, capacity) == min(fitting, default=capacity)
+        assert not fitting or chosen in rooms
+        rooms[chosen] = rooms.get(chosen, capacity) - item
+    assert sorted(rooms) == list(range(num_bins))
+
+
+@given(lengths=LENGTHS, row_length=st.integers(1, 24), data=st.data())
+def test_first_fit_equals_the_quadratic_algorithm(lengths, row_length, data):
+    """Row by row, slice by slice: no freedom is left."""
+    order = np.array(data.draw(st.permutations(range(len(lengths)))), int)
+    layout = pack(lengths, row_length, method="first_fit", order_N=order)
+    pieces = [d for d in order.tolist() if lengths[d] % row_length]
+    bins = first_fit([lengths[d] % row_length for d in pieces], row_length)
+    want = [[d for d, b in zip(pieces, bins, strict=True) if b == row] for row in set(bins)]
+    want += [[d] for d in order.tolist() for _ in range(lengths[d] // row_length)]
+    got = [layout.rows([row]).document.tolist() for row in range(layout.num_rows)]
+    assert got == want
+
+
+def test_first_fit_equals_the_quadratic_algorithm_at_size():
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(5.8, 1.1, 3000), 16, 2047).astype(int)
+    layout = pack(lengths, 2048, method="first_fit")
+    row = np.repeat(np.arange(layout.num_rows), np.diff(layout.row_offsets))
+    got = np.empty(len(lengths), int)
+    got[layout.document] = row
+    assert got.tolist() == first_fit(lengths.tolist(), 2048)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=20),
+    row_length=st.integers(1, 24),
+    method=st.sampled_from(METHODS),
+    data=st.data(),
+)
+def test_an_order_may_repeat_and_omit_documents(lengths, row_length, method, data):
+    """Each occurrence is a document of its own: as if it were copied under another number."""
+    order = data.draw(st.lists(st.integers(0, len(lengths) - 1), max_size=40))
+    layout = pack(lengths, row_length, method=method, order_N=order)
+    copies = pack([lengths[d] for d in order], row_length, method=method)
+    assert layout.document.tolist() == [order[i] for i in copies.document]
+    for name in ("row_offsets", "start", "length"):
+        assert getattr(layout, name).tolist() == getattr(copies, name).tolist()
+    for document, counts in enumerate(coverage(layout, lengths)):
+        assert (counts == order.count(document)).all()
+
+
+@given(lengths=LENGTHS, row_length=st.integers(1, 24), method=st.sampled_from(METHODS))
+def test_padding_and_cuts_are_counted(lengths, row_length, method):
+    layout = pack(lengths, row_length, method=method)
+    drawn = "".join(str(layout).split("|")[1::2]) if layout.num_rows <= 12 else None
+    if drawn is not None and row_length <= 64:
+        assert layout.num_padding == drawn.count(".")
+    assert layout.num_cuts == len(layout.document) - sum(n > 0 for n in lengths)
+
+
+@given(
+    lengths=LENGTHS,
+    row_length=st.integers(1, 24),
+    method=st.sampled_from(["best_fit", "first_fit"]),
+)
+def test_best_fit_cuts_only_what_is_longer_than_a_row(lengths, row_length, method):
+    layout = pack(lengths, row_length, method=method)
     assert layout.num_cut_documents == sum(n > row_length for n in lengths)
     full = layout.length == row_length
     assert (full | (layout.start + layout.length == np.array(lengths)[layout.document])).all()
@@ -84,12 +164,17 @@ def test_concat_follows_the_order(lengths, row_length, data):
     assert [(d, s + i) for d, s, n in slices for i in range(n)] == stream
 
 
-@given(lengths=LENGTHS, row_length=st.integers(2, 24), data=st.data())
-def test_best_fit_rows_list_their_documents_in_order(lengths, row_length, data):
+@given(
+    lengths=LENGTHS,
+    row_length=st.integers(2, 24),
+    method=st.sampled_from(METHODS),
+    data=st.data(),
+)
+def test_rows_list_their_documents_in_order(lengths, row_length, method, data):
     """Longest-first rows would tie a document's length to its place in the row."""
     order = np.array(data.draw(st.permutations(range(len(lengths)))), int)
     rank = np.argsort(order)
-    layout = pack(lengths, row_length, order_N=order)
+    layout = pack(lengths, row_length, method=method, order_N=order)
     for row in range(layout.num_rows):
         documents = layout.rows([row]).document
         assert (np.diff(rank[documents]) > 0).all()
@@ -102,6 +187,8 @@ def test_fill_at_the_lognormal_of_real_documents():
     layout = pack(lengths, 2048)
     assert layout.fill >= 0.999
     assert layout.num_rows <= -(-lengths.sum() // 2048) + 1
+    # First fit in the given order is worse, and not by much.
+    assert 0.99 < pack(lengths, 2048, method="first_fit").fill < layout.fill
 
 
 def test_steps_are_shared_by_equal_documents():
@@ -143,9 +230,10 @@ def test_it_draws_itself():
         (dict(row_length=0), "row_length is 0; give at least 1"),
         (
             dict(row_length=8, method="best"),
-            "packing 'best' is unknown; use one of best_fit, concat",
+            "packing 'best' is unknown; use one of best_fit, first_fit, concat",
         ),
-        (dict(row_length=8, order_N=np.arange(2)), "order_N has 2 entries for 3 documents"),
+        (dict(row_length=8, order_N=[0, 3]), "order_N names document 3; there are 3, from 0 on"),
+        (dict(row_length=8, order_N=[-1, 2]), "order_N names document -1; there are 3, from 0 on"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -223,3 +311,4 @@ layout.save(sys.argv[1])
 
 def test_oracle_of_the_oracle():
     assert best_fit_decreasing([5, 4, 3, 2], 8) == [0, 2]
+    assert first_fit([3, 5, 3, 2], 8) == [0, 0, 1, 1]

@@ -106,7 +106,9 @@ def check_weights(weights: Any, what: str, *, zero: bool = False) -> None:
                 f"{what} of {domain!r} is {weight!r}; give a positive number or remove the domain"
             )
     if not any(weights.values()):
-        raise ValueError(f"{what}s are all 0; give one of {', '.join(sorted(weights))} a weight")
+        raise ValueError(
+            f"{what} is 0 for every domain; give one of {', '.join(sorted(weights))} a weight"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

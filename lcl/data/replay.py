@@ -26,7 +26,15 @@ import numpy as np
 from lcl.data.ordering import shuffle_with_key
 from lcl.data.packing import Layout, Slices, pack
 from lcl.data.plans import Plan, rows_at
-from lcl.data.replay_buffers import Buffer, Everything, History, Pool, ReadFn, Used
+from lcl.data.replay_buffers import (
+    Buffer,
+    Everything,
+    History,
+    Pool,
+    ReadFn,
+    Used,
+    whole_epoch,
+)
 
 __all__ = ["MODES", "Pool", "Replay", "Used", "repack", "shown", "union"]
 
@@ -129,12 +137,12 @@ class Replay:
 
 
 def shown(plan: Plan, first: int, count: int) -> Slices:
-    """Return the slices that the uses first .. first + count - 1 of a plan have shown.
+    """Return the slices that the uses first .. first + count - 1 of a plan have shown, once each.
 
-    Each use's row once, so a row of two epochs may be there twice: `union` and `repack` merge them.
+    Example: of a plan of 3 rows, uses 2, 3, 4 are the last row of one epoch and two of the next;
+    they need not be all three rows.
     """
-    if count >= plan.num_rows:
-        return plan.layout.rows(np.arange(plan.num_rows))
+    first, count = whole_epoch(first, count, plan.num_rows)
     use = first + np.arange(count)
     _, row = rows_at([plan], np.zeros(count, np.int64), use)
     return plan.layout.rows(np.unique(row))

@@ -69,6 +69,17 @@ class History(NamedTuple):
         return out
 
 
+def whole_epoch(first: int, count: int, num_rows: int) -> tuple[int, int]:
+    """Cut a span of uses down to an epoch of its plan, if it holds one: each row once.
+
+    Example:
+        >>> whole_epoch(2, 9, num_rows=4), whole_epoch(2, 5, num_rows=4)
+        ((4, 4), (2, 5))
+    """
+    begin = -(-first // num_rows) * num_rows
+    return (begin, num_rows) if begin + num_rows <= first + count else (first, count)
+
+
 # ---- rows by number: what a pool is over ---------------------------------------------------------
 
 
@@ -355,7 +366,7 @@ class BalancedByStage(Buffer):
     """Each earlier stage has an equal share of the replayed rows, whatever its length.
 
     The shares are exact in every block of as many rows as there are earlier stages. Within a stage
-    every read comes once a pass (every row of a plan, if the stage has read it whole).
+    every read comes once a pass; of a plan which it has read in a whole epoch or more, every row.
 
     Attributes:
         capacity: rows that all stages together may keep, shared equally; None: all they have read.
@@ -379,13 +390,10 @@ class BalancedByStage(Buffer):
             )
         pools = []
         for s, (stage, used) in enumerate(stages.items()):
-            whole = [
-                u._replace(first=0, count=history.plans[u.plan].num_rows)
-                if u.count >= history.plans[u.plan].num_rows
-                else u
-                for u in used
-            ]
-            rows: Rows = Spans(history, whole)
+            spans = [whole_epoch(u.first, u.count, history.plans[u.plan].num_rows) for u in used]
+            rows: Rows = Spans(
+                history, [Used(stage, u.plan, *span) for u, span in zip(used, spans, strict=True)]
+            )
             if self.capacity is not None:
                 share = -(-(self.capacity - s) // num_stages)  # never grows with num_stages
                 rows = _sample(history, rows, share, named_key("keep", buffer_key, stage))

@@ -16,6 +16,8 @@ The rows of a step, in a stage of batch_size 4 with replay (add, fraction 1/3):
     domain       fr   fr   en   fr  |  en   en
     source_ids   1    1    0    1   |  D+0  D+0
 
+With dataset decomposition the shape (B, T) of a step depends on the step: `shapes` lists them.
+
 A domain goes on where the stage before left it: while the row length, packing and order stay the
 same, a row comes again only when all the domain's rows have been used (the next epoch). A stage
 with other rows (another sequence_length, say) starts the domain anew.
@@ -26,18 +28,23 @@ from __future__ import annotations
 import bisect
 import difflib
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from lcl.data.batch import Batch, gather_rows, layout_group
 from lcl.data.fingerprints import fingerprint
-from lcl.data.planner import PlannedStage, Planner, StageData
+from lcl.data.ordering import named_key
+from lcl.data.planner import Bucket, PlannedStage, Planner
 from lcl.data.plans import Plan, rows_at
+from lcl.data.stage_data import StageData
 
 if TYPE_CHECKING:
     import grain
+
+# Which rows of a global batch: all, some, or a function of how many there are (a host's share).
+Rows: TypeAlias = "slice | np.ndarray | None | Callable[[int], slice | np.ndarray | None]"
 
 _VERSION = 1  # raise it when the same settings give other batches
 
@@ -76,7 +83,8 @@ class Stream:
         stage_starts: first step of each stage.
         fingerprint: hash of the stores, the settings and the seed. Equal fingerprints mean equal
             batches at every step that both streams have: the length of the last stage is left out,
-            so that a run may be prolonged.
+            so that a run may be prolonged (but not where something follows the stage's length: a
+            curriculum, a growing window).
     """
 
     def __init__(
@@ -107,59 +115,95 @@ class Stream:
     def batch_shape(self, t: int) -> tuple[int, int]:
         """Return (B, T) of step t's global batch, replayed rows included."""
         stage = self._stages[self.stage_at(t)]
-        return stage.batch_rows, stage.data.sequence_length
+        bucket, _ = stage.bucket_at(t - stage.start)
+        return bucket.batch_rows, bucket.row_length
 
-    def _locate(self, t: int, rows: slice | np.ndarray | None) -> _Located:
+    def shapes(self, stage_index: int) -> tuple[tuple[int, int], ...]:
+        """Return all shapes (B, T) of a stage's batches, those of the longest rows first."""
+        return tuple(self._stages[stage_index].first_steps())
+
+    def first_steps(self, stage_index: int) -> dict[tuple[int, int], int]:
+        """Return the first step of the stage that has each of its shapes."""
+        stage = self._stages[stage_index]
+        return {shape: stage.start + step for shape, step in stage.first_steps().items()}
+
+    def shares(self, stage_index: int) -> dict[str, float]:
+        """Return each domain's share of the new rows' cells of a stage, exact, by name."""
+        cells = self._stages[stage_index].cells_of_domains()
+        return {domain: count / sum(cells.values()) for domain, count in cells.items()}
+
+    def _locate(self, t: int, places: np.ndarray) -> _Located:
+        """Find the rows at some places of step t's global batch."""
         stage = self._stages[self.stage_at(t)]
-        step = t - stage.start
-        places = np.arange(stage.batch_rows)
-        if rows is not None:
-            places = places[rows]
-        replay = places >= stage.new_rows
+        bucket, nth = stage.bucket_at(t - stage.start)
+        replay = places >= bucket.new_rows
         plan, use = np.empty_like(places), np.empty_like(places)
-        k = step * stage.new_rows + places[~replay]
-        domain, occurrence = stage.data.mixture.locate(k, key=stage.mixture_key)
-        plan[~replay] = stage.plans[domain]
-        use[~replay] = stage.used[domain] + occurrence
+        k = nth * bucket.new_rows + places[~replay]
+        domain, use[~replay] = bucket.locate(k)
+        plan[~replay] = bucket.plans[domain]
         passes = None
-        if stage.pool is not None and replay.any():
-            j = step * stage.replay_rows + places[replay] - stage.new_rows
-            passes, pool_plan, use[replay] = stage.pool.locate(j)
-            plan[replay] = stage.pool_plans[pool_plan]
+        if bucket.pool is not None and replay.any():
+            j = nth * bucket.replay_rows + places[replay] - bucket.new_rows
+            passes, pool_plan, use[replay] = bucket.pool.locate(j)
+            plan[replay] = bucket.pool_plans[pool_plan]
         epoch, row = rows_at(self._plans, plan, use)
         if passes is not None:
             epoch[replay] = passes
         return _Located(plan, epoch, row, replay)
 
-    def batch(self, t: int, rows: slice | np.ndarray | None = None) -> Batch:
+    def _places(self, t: int, rows: Rows) -> np.ndarray:
+        num_rows, _ = self.batch_shape(t)
+        if callable(rows):
+            rows = rows(num_rows)
+        places = np.arange(num_rows)
+        return places if rows is None else places[rows]
+
+    def batch(self, t: int, rows: Rows = None) -> Batch:
         """Return step t's batch, or some of its rows.
 
         Args:
             t: step, 0 <= t < num_steps.
-            rows: which rows of the global batch (a slice, int[n] or bool[B]); None: all. The rows
-                are the same whoever asks for them, alone or together.
+            rows: which rows of the global batch (a slice, int[n] or bool[B], or a function of B
+                that returns such); None: all. The rows are the same whoever asks for them, alone or
+                together.
 
         Returns:
             A Batch of [n, T].
         """
         stage = self._stages[self.stage_at(t)]
-        located = self._locate(t, rows)
+        bucket, _ = stage.bucket_at(t - stage.start)
+        places = self._places(t, rows)
+        located = self._locate(t, places)
         kind = 2 * located.plan + located.replay
         groups = []
         for one in np.unique(kind).tolist():
-            places = np.flatnonzero(kind == one)
+            here = np.flatnonzero(kind == one)
             plan = self._plans[one // 2]
             source_id = plan.domain + (len(self.domains) if one % 2 else 0)
-            groups.append(
-                layout_group(plan.store, plan.layout, located.row[places], places, source_id)
-            )
-        return gather_rows(
-            groups, len(kind), stage.data.sequence_length, document_mask=stage.data.document_mask
-        )
+            groups.append(layout_group(plan.store, plan.layout, located.row[here], here, source_id))
+        # A decomposition's rows hold one document each, but for replayed ones that were packed.
+        document_mask = stage.data.document_mask or stage.data.decomposition is not None
+        batch = gather_rows(groups, len(kind), bucket.row_length, document_mask=document_mask)
+        return self._transformed(batch, stage, t - stage.start, places)
 
-    def rows(self, t: int, rows: slice | np.ndarray | None = None) -> list[RowOrigin]:
+    def _transformed(
+        self, batch: Batch, stage: PlannedStage, step: int, places: np.ndarray
+    ) -> Batch:
+        """Apply the stage's transforms to the rows at some places of its step's batch."""
+        num_rows, _ = self.batch_shape(stage.start + step)
+        for i, transform in enumerate(stage.data.transforms):
+            batch = transform(
+                batch,
+                step=step,
+                num_steps=stage.num_steps,
+                key=named_key(i, stage.transform_key),
+                places_B=step * num_rows + places,
+            )
+        return batch
+
+    def rows(self, t: int, rows: Rows = None) -> list[RowOrigin]:
         """Say where each row of step t's batch comes from (arguments as in `batch`)."""
-        located = self._locate(t, rows)
+        located = self._locate(t, self._places(t, rows))
         origins = []
         for p, epoch, row, replay in zip(*(a.tolist() for a in located), strict=True):
             plan = self._plans[p]
@@ -170,7 +214,7 @@ class Stream:
         return origins
 
     def dataset(
-        self, start: int = 0, stop: int | None = None, rows: slice | np.ndarray | None = None
+        self, start: int = 0, stop: int | None = None, rows: Rows = None
     ) -> grain.MapDataset:
         """Return a grain MapDataset whose element k is `batch(start + k, rows)`.
 
@@ -181,7 +225,8 @@ class Stream:
         Args:
             start: first step.
             stop: one past the last; None: the end of the stream.
-            rows: rows of each batch, as in `batch` (this host's).
+            rows: rows of each batch, as in `batch` (this host's; a function where the batches have
+                several shapes).
         """
         import grain  # imports jax, which nothing else here needs
 
@@ -215,9 +260,10 @@ class Stream:
             steps = min(t - stage.start, stage.num_steps)
             if steps <= 0:
                 break
-            used[stage.plans] += stage.counts_before(steps)
-            if stage.pool is not None:
-                replayed += stage.pool.tokens_in_first(steps * stage.replay_rows)
+            for bucket, count in stage.steps_before(steps):
+                np.add.at(used, bucket.plans, bucket.counts_before(count))
+                if bucket.pool is not None:
+                    replayed += bucket.pool.tokens_in_first(count * bucket.replay_rows)
         new, size = np.zeros_like(replayed), np.zeros_like(replayed)
         for plan, count in zip(self._plans, used.tolist(), strict=True):
             new[plan.domain] += plan.tokens_in_first(count)
@@ -235,29 +281,46 @@ class Stream:
         """Describe the stages and their plans in a table."""
         lines = [f"stream of {self.num_steps:,} steps, fingerprint {self.fingerprint}"]
         for stage in self._stages:
-            lines.append(
-                f"  {stage.name}: steps {stage.start:,} to {stage.start + stage.num_steps:,}, "
-                f"{stage.new_rows} new + {stage.replay_rows} replayed rows x "
-                f"{stage.data.sequence_length:,}"
-            )
-            shares = stage.data.mixture.counts / stage.data.mixture.block
-            rows = stage.counts_before(stage.num_steps)
-            for p, share, count in zip(stage.plans, shares, rows, strict=True):
-                plan = self._plans[p]
+            steps = f"steps {stage.start:,} to {stage.start + stage.num_steps:,}"
+            if stage.schedule is None:
+                (bucket,) = stage.buckets.values()
+                lines.append(f"  {stage.name}: {steps}, {self._describe(bucket)}")
+                lines += self._describe_plans(bucket)
+                continue
+            lines.append(f"  {stage.name}: {steps}, {len(stage.buckets)} buckets")
+            for domain, decomposed in stage.decomposed.items():
                 lines.append(
-                    f"    {self.domains[plan.domain]}: {share:.4g} of the new rows, {count:,} of "
-                    f"{plan.num_rows:,} rows ({count / plan.num_rows:.3g} epochs), fill "
-                    f"{plan.layout.fill:.4f}, {plan.layout.num_cut_documents:,} documents cut"
+                    f"    {domain}: {decomposed.dropped_tokens:,} tokens dropped, "
+                    f"{decomposed.num_padded_rows:,} rows padded with "
+                    f"{decomposed.padded_cells:,} cells"
                 )
-            if stage.pool is not None:
-                lines.append(f"    replay: from {stage.pool.num_rows:,} rows")
+            for bucket in stage.buckets.values():
+                lines.append(f"   {bucket.num_steps:,} steps of {self._describe(bucket)}")
+                lines += self._describe_plans(bucket)
         return "\n".join(lines)
+
+    def _describe(self, bucket: Bucket) -> str:
+        return f"{bucket.new_rows} new + {bucket.replay_rows} replayed rows x {bucket.row_length:,}"
+
+    def _describe_plans(self, bucket: Bucket) -> list[str]:
+        lines = []
+        rows = bucket.counts_before(bucket.num_steps)
+        for p, count in zip(bucket.plans.tolist(), rows.tolist(), strict=True):
+            plan = self._plans[p]
+            lines.append(
+                f"    {self.domains[plan.domain]}: {count / rows.sum():.4g} of the new rows, "
+                f"{count:,} of {plan.num_rows:,} rows ({count / plan.num_rows:.3g} epochs), fill "
+                f"{plan.layout.fill:.4f}, {plan.layout.num_cut_documents:,} documents cut"
+            )
+        if bucket.pool is not None:
+            lines.append(f"    replay: from {bucket.pool.num_rows:,} rows")
+        return lines
 
 
 class _Steps:
     """The random-access source behind `Stream.dataset`."""
 
-    def __init__(self, stream: Stream, start: int, stop: int, rows: slice | np.ndarray | None):
+    def __init__(self, stream: Stream, start: int, stop: int, rows: Rows):
         self._stream, self._start, self._stop, self._rows = stream, start, stop, rows
 
     def __len__(self) -> int:
@@ -318,7 +381,8 @@ def build_stream(
     planner = Planner(names, stores, seed, plan_dir)
     built = [planner.add_stage(name, stage_data, steps) for name, stage_data, steps in stages]
     settings = [[data.settings(), steps] for _, data, steps in stages]
-    settings[-1][1] = 0  # the last stage's length decides no batch
+    if not stages[-1][1].depends_on_length:
+        settings[-1][1] = 0  # the last stage's length decides no batch
     stream_name = fingerprint(
         "stream",
         _VERSION,

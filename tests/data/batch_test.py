@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lcl.data.batch import Batch, eval_batches, gather_rows, layout_group
+from lcl.data.batch import Batch, eval_batches, gather_rows, layout_group, segment_runs
 from lcl.data.packing import pack
 
 BOS, EOS = 256, 257
@@ -212,3 +212,19 @@ def test_eval_batches_refuse_an_empty_store():
     with pytest.raises(ValueError, match="'void' has no tokens.*\n?") as error:
         eval_batches(empty, sequence_length=8, batch_size=2, num_rows=2)
     assert "\n" not in str(error.value)
+
+
+@given(
+    rows=st.integers(1, 12).flatmap(
+        lambda t: st.lists(st.lists(st.integers(0, 3), min_size=t, max_size=t), max_size=4)
+    )
+)
+def test_segment_runs_are_the_runs_of_equal_numbers(rows):
+    got = segment_runs(np.array(rows, np.int32).reshape(len(rows), -1 if rows else 5))
+    want = []
+    for row, ids in enumerate(rows):
+        for start, number in enumerate(ids):
+            if number and (not start or ids[start - 1] != number):
+                length = next((k for k, n in enumerate(ids[start:]) if n != number), None)
+                want.append((row, start, length or len(ids) - start, number))
+    assert [tuple(map(int, one)) for one in zip(*got, strict=True)] == want

@@ -154,7 +154,7 @@ class PoSE:
 
     def settings(self) -> dict[str, Any]:
         """Return the fields, as plain values."""
-        return {"transform": "PoSE", **dataclasses.asdict(self)}
+        return dataclasses.asdict(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +195,7 @@ class RandomPositions:
 
     def settings(self) -> dict[str, Any]:
         """Return the fields, as plain values."""
-        return {"transform": "RandomPositions", **dataclasses.asdict(self)}
+        return dataclasses.asdict(self)
 
 
 @functools.lru_cache(maxsize=32)
@@ -310,10 +310,11 @@ class EndPrompt:
         return self._add(batch, row, end, key, places)
 
     def _move(self, batch, row, end, length, key, places) -> Batch:
-        long = length > self.prompt
+        num_moved = self.num_prompt_tokens
+        long = length > num_moved
         row, end, length, places = row[long], end[long], length[long], places[long]
-        jump = self._jump(length - self.prompt, key, places)
-        cells = end[:, None] - self.prompt + np.arange(self.prompt)
+        jump = self._jump(length - num_moved, key, places)
+        cells = end[:, None] - num_moved + np.arange(num_moved)
         positions = np.array(batch.positions)
         positions[row[:, None], cells] += jump[:, None].astype(positions.dtype)
         return batch._replace(positions=positions)
@@ -341,7 +342,6 @@ class EndPrompt:
     def settings(self) -> dict[str, Any]:
         """Return what decides the result, as plain values: a text's tokens, not its spelling."""
         return {
-            "transform": "EndPrompt",
             "target_length": self.target_length,
             "prompt": self.prompt if isinstance(self.prompt, int) else list(self.prompt_tokens),
             "position": self.position,

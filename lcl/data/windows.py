@@ -199,4 +199,4 @@ class SkyLadder:
 
     def settings(self) -> dict[str, Any]:
         """Return the fields, as plain values."""
-        return {"transform": "SkyLadder", **dataclasses.asdict(self)}
+        return dataclasses.asdict(self)

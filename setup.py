@@ -33,6 +33,7 @@ setuptools.setup(
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.30",
+        "pyarrow>=17",  # parquet and zstd; TFDS brings it anyway
         "sentencepiece>=0.2.0",
         # seqio brings tensorflow-text and through it the one tensorflow; asking for tensorflow-cpu
         # too would install a second copy over the first.
@@ -47,13 +48,21 @@ setuptools.setup(
         # Other people's checkpoints and models, to read, write and compare with.
         "hf": ["safetensors>=0.4.5", "transformers>=4.56", "torch>=2.6"],
         "evals": [],
+        # Near-duplicate removal by MinHash. Its signatures change with its minor version.
+        "dedup": ["rensa>=0.5,<0.6"],
+        # Nearest neighbours of more than some 200,000 documents on a CPU.
+        "faiss": ["faiss-cpu>=1.8"],
+        # Any sentence encoder for in-context orders (torch comes with it).
+        "sentence": ["sentence-transformers>=3.0"],
         "dev": [
+            "faiss-cpu>=1.8",
             "hypothesis>=6.100",
             "ipykernel>=6.29",
             "mypy>=1.15",
             "nbclient>=0.10",
             "nbformat>=5.10",
             "pytest>=8.3",
+            "rensa>=0.5,<0.6",
             "ruff>=0.9",
             "safetensors>=0.4.5",
             "torch>=2.6",

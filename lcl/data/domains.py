@@ -1,8 +1,7 @@
 """A domain to make: where its documents come from, before anything is tokenised.
 
-    corpus_domain    a corpus of the registry: packages -> ArrayRecord -> documents
-    folder_domain    your own text files
-    jsonl_domain     your own lines of {"text": ...}
+    corpus_domain       a corpus of the registry: packages -> ArrayRecord -> documents, split
+    own_domain          your own text: a folder, jsonl, parquet, ArrayRecord, TFDS, a SeqIO task
 
 Each says at once what it would read (settings, files), and reads when it is opened; so `prepare`
 can tell what is up to date without reading anything.
@@ -10,29 +9,27 @@ can tell what is up to date without reading anything.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lcl.data import corpora as registry
+from lcl.data import readers
 from lcl.data.corpora import apt, builder
+from lcl.data.progress import ProgressBar
+from lcl.data.readers import DEFAULT_PATTERNS, Meter
 from lcl.data.sources import (
-    DEFAULT_PATTERNS,
     HELDOUT,
     TRAIN,
     Document,
     Ledger,
-    SourceError,
     first_heldout_group,
-    folder_documents,
-    folder_files,
-    jsonl_documents,
-    jsonl_files,
     keep_and_split,
 )
+
+# Kinds of text of one's own, in the order in which `prepare` makes them.
+OWN_KINDS = ("folder", "jsonl", "parquet", "arrayrecord", "tfds", "seqio")
 
 
 @dataclasses.dataclass
@@ -41,19 +38,44 @@ class Domain:
 
     Attributes:
         name: of the domain.
+        place: what its user named: a path, a builder, a task.
         licence: one line.
         settings: what decides its documents; goes into the store's fingerprint.
         inputs: what else must be unchanged for the store to be up to date (files, their times).
+        split: heldout_fraction and seed.
         open: begins to read the documents.
         streams: whether the documents are read as they are asked for (a limit then saves time).
     """
 
     name: str
+    place: str
     licence: str
     settings: dict[str, Any]
     inputs: Any
+    split: Mapping[str, Any]
     open: Callable[[], Opened]
     streams: bool
+
+    def training_texts(self) -> Iterator[str]:
+        """The texts of its training split, copies left out: what tokenizers learn from."""
+        opened = self.open()
+        if not self.streams:
+            yield from (document.text for split, document in opened.documents if split == TRAIN)
+            return
+        # A small source may fall on one side of the split; see `building`.
+        group, sides = None, set()
+        for side, _ in keep_and_split(_plain(opened), Ledger(), **self.split):
+            sides.add(side)
+            if len(sides) == 2:
+                break
+        if len(sides) < 2:
+            group = first_heldout_group(_plain(self.open()), seed=self.split["seed"])
+        kept = keep_and_split(_plain(self.open()), Ledger(), only_heldout=group, **self.split)
+        yield from (document.text for split, document in kept if split == TRAIN)
+
+
+def _plain(opened: Opened) -> Iterator[Document]:
+    return (document for _, document in opened.documents)
 
 
 @dataclasses.dataclass
@@ -61,16 +83,16 @@ class Opened:
     """An open domain.
 
     Attributes:
-        documents: (split, document) pairs, deduplicated.
-        ledger: where they are counted; complete when all have been read.
+        documents: in the source's order, with the split that each is in; None: not split yet.
+        ledger: gets what the reader drops, as it reads.
+        meter: how far the reader is.
         copyrights: package -> its copyright file.
-        total: number of documents, if known.
     """
 
-    documents: Iterator[tuple[str, Document]]
+    documents: Iterator[tuple[str | None, Document]]
     ledger: Ledger
+    meter: Meter
     copyrights: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    total: int | None = None
 
 
 def corpus_domain(
@@ -90,7 +112,7 @@ def corpus_domain(
 
     def read_corpus() -> Opened:
         apt.fetch(packages, package_dir, log=log)
-        with ProgressBar(f"{name}: reading", None) as bar:
+        with ProgressBar(f"{name}: reading") as bar:
             built = builder.build(
                 corpus,
                 packages,
@@ -98,101 +120,103 @@ def corpus_domain(
                 progress=bar.watch,
                 **split,
             )
-        documents = ((s, d) for s in (TRAIN, HELDOUT) for d in built.documents(s))
-        total = sum(len(source) for source in built.splits.values())
-        return Opened(documents, built.ledger, built.copyrights, total)
+        meter = Meter(total=sum(map(len, built.splits.values())), unit=" documents")
+
+        def documents() -> Iterator[tuple[str, Document]]:
+            for side in (TRAIN, HELDOUT):
+                for document in built.documents(side):
+                    meter.done += 1
+                    yield side, document
+
+        # What was dropped when the corpus was built was never tokenised; what it stored is read
+        # again now, and counted anew.
+        gone = built.ledger.dropped
+        ledger = Ledger(sum(gone.values()), gone.copy(), notes=built.ledger.notes.copy())
+        ledger.uncounted.update(gone)
+        return Opened(documents(), ledger, meter, built.copyrights)
 
     settings = builder.settings(corpus, packages, **split)
-    return Domain(name, corpus.licence, settings, None, read_corpus, streams=False)
+    return Domain(name, name, corpus.licence, settings, None, split, read_corpus, streams=False)
 
 
-def folder_domain(name: str, path: str, split: dict[str, Any]) -> Domain:
-    """The text files under a folder, or those that match a pattern, as the domain `name`."""
-    files = [file for file, _ in folder_files(path)]
-
-    def read(ledger: Ledger) -> Iterator[Document]:
-        return folder_documents(path, ledger)
-
-    settings = {"source": "folder", "patterns": list(DEFAULT_PATTERNS)}
-    return _own_text(name, path, files, read, settings, split)
-
-
-def jsonl_domain(name: str, path: str, split: dict[str, Any]) -> Domain:
-    """The lines of a .jsonl(.gz) file, of a folder or a pattern of them, as the domain `name`."""
-
-    def read(ledger: Ledger) -> Iterator[Document]:
-        return jsonl_documents(path, ledger)
-
-    settings = {"source": "jsonl", "field": "text"}
-    return _own_text(name, path, jsonl_files(path), read, settings, split)
-
-
-def _own_text(
-    name: str,
-    path: str,
-    files: Sequence[str],
-    read: Callable[[Ledger], Iterator[Document]],
-    settings: dict[str, Any],
-    split: dict[str, Any],
+def own_domain(
+    kind: str, name: str, place: str, split: dict[str, Any], *, field: str = "text"
 ) -> Domain:
-    def open_text() -> Opened:
-        # Usually one pass. A small source may fall on one side of the split: then it is read again.
-        ledger = Ledger()
-        sides: set[str] = set()
-        for side, _ in keep_and_split(read(ledger), ledger, **split):
-            sides.add(side)
-            if len(sides) == 2:
-                break
-        group = None
-        if len(sides) < 2:
-            group = first_heldout_group(read(Ledger()), seed=split["seed"])
-            if group is None:
-                raise SourceError(
-                    f"{path!r} has {len(sides) or 'no'} document to use, and two are needed, one "
-                    f"of them to hold out ({ledger}); add text or cut the document into several"
-                )
-        ledger = Ledger()
-        return Opened(keep_and_split(read(ledger), ledger, only_heldout=group, **split), ledger)
+    """Text of one's own as the domain `name`.
 
-    stamps = [
-        (os.path.relpath(file, os.path.dirname(os.path.abspath(path))), *_stamp(file))
-        for file in files
-    ]
-    settings = settings | {"split": split}
-    return Domain(name, "your own text", settings, stamps, open_text, streams=True)
+    Args:
+        kind: one of OWN_KINDS.
+        name: of the domain.
+        place: a path or pattern; "builder[:split]" for tfds; "task[:split]" for seqio.
+            An arrayrecord path may end in ":split", too.
+        split: heldout_fraction and seed.
+        field: the key, column or feature that holds the text.
+
+    Raises:
+        SourceError: there is nothing there.
+    """
+    read: Callable[[Ledger, Meter], Iterator[Document]]
+    files: Sequence[str] = ()
+    settings: dict[str, Any] = {"source": kind}
+    inputs: Any = None
+    if kind == "folder":
+        files = [file for file, _ in readers.folder_files(place)]
+        settings["patterns"] = list(DEFAULT_PATTERNS)
+
+        def read(ledger: Ledger, meter: Meter) -> Iterator[Document]:
+            return readers.folder_documents(place, ledger, meter=meter)
+
+    elif kind in ("jsonl", "parquet"):
+        files = {"jsonl": readers.jsonl_files, "parquet": readers.parquet_files}[kind](place)
+        reader: Any = {"jsonl": readers.jsonl_documents, "parquet": readers.parquet_documents}[kind]
+        settings["field"] = field
+
+        def read(ledger: Ledger, meter: Meter) -> Iterator[Document]:
+            return reader(place, ledger, field=field, meter=meter)
+
+    elif kind == "arrayrecord":
+        path, part = place, "train"
+        if not os.path.exists(place) and ":" in place:
+            path, _, part = place.rpartition(":")
+        files = readers.arrayrecord_files(path)
+        settings |= {"field": field, "split_of_dataset": part}
+
+        def read(ledger: Ledger, meter: Meter) -> Iterator[Document]:
+            return readers.arrayrecord_documents(path, ledger, field=field, split=part, meter=meter)
+
+        place = path
+    elif kind == "tfds":
+        path, _, part = place.partition(":")
+        part = part or "train"
+        made = readers.tfds_builder(path)
+        settings |= {"field": field, "split_of_dataset": part, "builder": made.info.full_name}
+
+        def read(ledger: Ledger, meter: Meter) -> Iterator[Document]:
+            return readers.tfds_documents(path, ledger, field=field, split=part, meter=meter)
+
+    else:
+        assert kind == "seqio", kind
+        from lcl.data import seqio_bridge
+
+        task, _, part = place.partition(":")
+        part = part or "train"
+        settings |= {"task": task, "split_of_dataset": part}
+        inputs = seqio_bridge.task_inputs(task, part)
+
+        def read(ledger: Ledger, meter: Meter) -> Iterator[Document]:
+            return seqio_bridge.task_documents(task, ledger, split=part, meter=meter)
+
+    def open_text() -> Opened:
+        ledger, meter = Ledger(), Meter(total=sum(_stamp(file)[0] for file in files) or None)
+        return Opened(((None, document) for document in read(ledger, meter)), ledger, meter)
+
+    if files:
+        base = os.path.dirname(os.path.abspath(place))
+        inputs = [(os.path.relpath(file, base), *_stamp(file)) for file in files]
+    settings["split"] = split
+    return Domain(name, place, "your own text", settings, inputs, split, open_text, streams=True)
 
 
 def _stamp(file: str) -> tuple[int, int]:
     stat = os.lstat(file)
     return stat.st_size, stat.st_mtime_ns
-
-
-class ProgressBar(contextlib.AbstractContextManager):
-    """A progress bar on a terminal: documents, and tokens a second."""
-
-    def __init__(self, title: str, total: int | None):
-        import tqdm
-
-        self._tqdm = tqdm.tqdm(
-            total=total,
-            desc=title,
-            unit=" documents",
-            disable=None,
-            leave=False,
-            dynamic_ncols=True,
-        )
-        self._tokens, self._started = 0, time.monotonic()
-
-    def __exit__(self, *exception: object) -> None:
-        self._tqdm.close()
-
-    def watch(self, documents: Iterable[Document]) -> Iterator[Document]:
-        for document in documents:
-            self._tqdm.update()
-            yield document
-
-    def count(self, num_tokens: int) -> None:
-        self._tokens += num_tokens
-        if self._tqdm.update():
-            rate = self._tokens / max(1e-9, time.monotonic() - self._started)
-            self._tqdm.set_postfix_str(f"{rate / 1e6:.1f}M tokens/s", refresh=False)

@@ -15,6 +15,7 @@ call with the same words, to add a domain to the root, uses the model that is th
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import shutil
@@ -23,18 +24,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from lcl.data import corpora as registry
-from lcl.data.domains import (
-    Domain,
-    Opened,
-    ProgressBar,
-    corpus_domain,
-    folder_domain,
-    jsonl_domain,
-)
+from lcl.data.building import build
+from lcl.data.dedup import NearDuplicates
+from lcl.data.domains import OWN_KINDS, Domain, corpus_domain, own_domain
+from lcl.data.filters import Filter
 from lcl.data.fingerprints import fingerprint
-from lcl.data.sources import HELDOUT, TRAIN, Ledger, SourceError
-from lcl.data.store import FORMAT_VERSION, META_FILE, SPLITS, Data, Store, StoreWriter
+from lcl.data.journal import JOURNAL
+from lcl.data.seqio_bridge import SeqioTokenizer
+from lcl.data.sources import TRAIN, Ledger, SourceError
+from lcl.data.store import FORMAT_VERSION, META_FILE, SPLITS, Data, Store
+from lcl.data.tokenising import Work
 from lcl.data.tokenizers import (
+    ByteTokenizer,
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
@@ -73,9 +74,18 @@ def prepare(
     heldout_fraction: float = 0.05,
     folders: Mapping[str, str] | None = None,
     jsonl: Mapping[str, str] | None = None,
+    parquet: Mapping[str, str] | None = None,
+    arrayrecord: Mapping[str, str] | None = None,
+    tfds: Mapping[str, str] | None = None,
+    seqio: Mapping[str, str] | None = None,
+    text_field: str = "text",
+    filters: Sequence[Filter] = (),
+    near_duplicates: NearDuplicates | None = None,
+    max_document_tokens: int | None = None,
     seed: int = 0,
     cache_dir: str | None = None,
     limit_documents: int | None = None,
+    processes: int | None = None,
     force: bool = False,
     log: Log = print,
 ) -> list[Store]:
@@ -88,15 +98,26 @@ def prepare(
             "sentencepiece:N" to train one with N ids on the training text.
         heldout_fraction: share of the documents kept from training, 0 < f < 1.
         folders: domain name -> folder of .txt and .md files, or a pattern ("notes/**/*.rst").
-        jsonl: domain name -> file, folder or pattern of .jsonl(.gz) with a field "text" a line.
+        jsonl: domain name -> file, folder or pattern of .jsonl(.gz, .zst): an object a line.
+        parquet: domain name -> file, folder or pattern of .parquet.
+        arrayrecord: domain name -> folder of a dataset that TFDS wrote ("PATH[:SPLIT]"), or
+            .array_record files of JSON objects.
+        tfds: domain name -> "BUILDER[:SPLIT]".
+        seqio: domain name -> "TASK[:SPLIT]", a registered SeqIO task.
+        text_field: the key, column or feature that holds the text.
+        filters: of `lcl.data.filters`; the first that objects drops a document.
+        near_duplicates: `lcl.data.dedup.MinHash` or `Embedding`; None keeps near copies.
+        max_document_tokens: longer documents are cut there (bos and eos included), and counted.
         seed: of the split; all domains that may be evaluated together should share it.
         cache_dir: for downloads and built corpora; default: the user's cache folder.
         limit_documents: at most so many documents a domain, held-out ones included: for a try.
-        force: make the stores again even if they are up to date.
+        processes: how many tokenise; default: one a core, and one alone for bytes, which are
+            copied faster than sent. The stores are the same.
+        force: make the stores again, from nothing, even if they are up to date.
         log: gets a line for each thing done.
 
     Returns:
-        The stores, both splits of each domain, in the order asked for: corpora, folders, jsonl.
+        The stores, both splits of each domain, in the order asked for: corpora, folders, jsonl, ...
 
     Raises:
         ValueError: bad input; one line that names it and the mend. What was in the root stays.
@@ -109,32 +130,66 @@ def prepare(
         )
     if limit_documents is not None and limit_documents < 2:
         raise PrepareError(f"limit_documents {limit_documents} must be at least 2, or None")
+    if max_document_tokens is not None and max_document_tokens < 3:
+        raise PrepareError(
+            f"max_document_tokens {max_document_tokens} must be at least 3: bos, a token, eos"
+        )
+    if processes is not None and processes < 1:
+        raise PrepareError(f"processes {processes} must be at least 1, or None")
     split = {"heldout_fraction": heldout_fraction, "seed": seed}
-    folders, jsonl = dict(folders or {}), dict(jsonl or {})
-    _check_names([*corpora, *folders, *jsonl], set(folders) | set(jsonl))
+    own = dict(zip(OWN_KINDS, (folders, jsonl, parquet, arrayrecord, tfds, seqio), strict=True))
+    names = [name for sources in own.values() for name in sources or {}]
+    _check_names([*corpora, *names], set(names))
     domains = [corpus_domain(name, split, cache_dir, log) for name in corpora]
-    domains += [folder_domain(name, path, split) for name, path in folders.items()]
-    domains += [jsonl_domain(name, path, split) for name, path in jsonl.items()]
+    domains += [
+        own_domain(kind, name, place, split, field=text_field)
+        for kind, sources in own.items()
+        for name, place in (sources or {}).items()
+    ]
     if not domains:
         raise PrepareError("nothing to prepare: name a corpus, a folder or a jsonl file")
-    for domain in domains:
-        if limit_documents is not None:
-            domain.settings["limit_documents"] = limit_documents
+    chosen = {
+        "limit_documents": limit_documents,
+        "filters": [dict(one.settings()) for one in filters],
+        "near_duplicates": dict(near_duplicates.settings()) if near_duplicates else None,
+        "max_document_tokens": max_document_tokens,
+    }
+    for domain in domains:  # What was not asked for leaves no trace in the fingerprint.
+        domain.settings |= {name: value for name, value in chosen.items() if value}
     try:
         os.makedirs(root, exist_ok=True)
         with _lock(root, log):
             _remove_leftovers(root)
-            chosen, spec = _choose_tokenizer(tokenizer, root, domains, force, log)
+            encoder, spec = _choose_tokenizer(tokenizer, root, domains, force, log)
+            options = _Options(
+                root,
+                Work(encoder, tuple(filters), near_duplicates, max_document_tokens),
+                spec,
+                processes or _default_processes(encoder),
+                limit_documents,
+                force,
+                log,
+            )
             stores: list[Store] = []
             for domain in domains:
-                stores += _make(domain, root, chosen, spec, limit_documents, force, log)
+                stores += _make(domain, options)
     except OSError as error:
         raise PrepareError(
             f"cannot write {error.filename or root!r} ({error.strerror or error}); nothing was "
-            "lost: make room or choose another root, and prepare again"
+            "lost: make room or choose another root, and prepare again, which goes on from there"
         ) from error
     Data(root).tokenizer()  # All stores of the root must agree.
     return stores
+
+
+def _default_processes(tokenizer: Tokenizer) -> int:
+    """One a core that this process may use; bytes are copied faster than sent."""
+    if isinstance(tokenizer, ByteTokenizer):
+        return 1
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS
+        return os.cpu_count() or 1
 
 
 def show(root: str | os.PathLike[str]) -> str:
@@ -225,6 +280,10 @@ def _choose_tokenizer(
         place = f"{TOKENIZER_FOLDER}/{tokenizer.fingerprint[:12]}.json"
         write_atomically(os.path.join(root, place), tokenizer.data)
         return tokenizer, f"hf:{place},bos={tokenizer.bos},eos={tokenizer.eos}"
+    if isinstance(tokenizer, SeqioTokenizer):
+        place = f"{TOKENIZER_FOLDER}/{tokenizer.fingerprint[:12]}.model"
+        write_atomically(os.path.join(root, place), tokenizer.model)
+        return tokenizer, f"seqio:{place},extra_ids={tokenizer.extra_ids}"
     return tokenizer, tokenizer.spec
 
 
@@ -247,10 +306,9 @@ def _train(
     def texts() -> Iterator[str]:
         for domain in domains:
             used = 0
-            for split, document in domain.open().documents:
-                if split == TRAIN:
-                    used += len(document.text.encode("utf-8"))
-                    yield document.text
+            for text in domain.training_texts():
+                used += len(text.encode("utf-8"))
+                yield text
                 if used >= share:
                     break
 
@@ -263,102 +321,72 @@ def _train(
 # ---- making stores
 
 
-def _make(
-    domain: Domain,
-    root: str,
-    tokenizer: Tokenizer,
-    spec: str,
-    limit_documents: int | None,
-    force: bool,
-    log: Log,
-) -> list[Store]:
-    place = os.path.join(root, domain.name)
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """What all domains of a call have in common."""
+
+    root: str
+    work: Work
+    spec: str
+    processes: int
+    limit_documents: int | None
+    force: bool
+    log: Log
+
+
+def _make(domain: Domain, options: _Options) -> list[Store]:
+    place = os.path.join(options.root, domain.name)
+    partial = os.path.join(options.root, f".partial-{domain.name}")
+    work, spec, log = options.work, options.spec, options.log
     inputs = fingerprint(
-        FORMAT_VERSION, domain.settings, domain.inputs, tokenizer.fingerprint, spec
+        FORMAT_VERSION, domain.settings, domain.inputs, work.tokenizer.fingerprint, spec
     )
-    if not force and _is_current(place, inputs):
+    if not options.force and _is_current(place, inputs):
         log(f"{domain.name}: up to date")
-        return [Store.open(os.path.join(place, split)) for split in SPLITS]
-    if os.path.exists(place):
-        log(f"{domain.name}: {'asked to make it again' if force else 'inputs or settings changed'}")
-    started = time.monotonic()
-    opened = domain.open()
-    partial = os.path.join(root, f".partial-{domain.name}")
-    try:
-        with contextlib.ExitStack() as stack:
-            writers = {
-                split: stack.enter_context(
-                    StoreWriter(
-                        os.path.join(partial, split),
-                        tokenizer=tokenizer,
-                        tokenizer_spec=spec,
-                        domain=domain.name,
-                        split=split,
-                        licence=domain.licence,
-                        settings=domain.settings,
-                        inputs=inputs,
-                    )
-                )
-                for split in SPLITS
-            }
-            _fill(writers, domain, opened, limit_documents)
-        for package, text in opened.copyrights.items():
-            path = os.path.join(partial, "licences", f"{package}.txt")
-            write_atomically(path, text.encode("utf-8"))
-        _replace(partial, place)
-    finally:
         shutil.rmtree(partial, ignore_errors=True)
+        return [Store.open(os.path.join(place, split)) for split in SPLITS]
+    if options.force:
+        shutil.rmtree(partial, ignore_errors=True)
+    if os.path.exists(place):
+        why = "asked to make it again" if options.force else "inputs or settings changed"
+        log(f"{domain.name}: {why}")
+    if os.path.exists(partial):
+        log(f"{domain.name}: going on with what an earlier call left, as far as it is the same")
+    started = time.monotonic()
+    try:
+        opened, ledger = build(
+            domain,
+            partial,
+            work,
+            writer_settings={
+                "tokenizer_spec": spec,
+                "licence": domain.licence,
+                "settings": domain.settings,
+                "inputs": inputs,
+            },
+            processes=options.processes,
+            limit_documents=options.limit_documents,
+            log=log,
+        )
+    except SourceError:
+        shutil.rmtree(partial, ignore_errors=True)  # Going on with it would lead here again.
+        raise
+    for package, text in opened.copyrights.items():
+        path = os.path.join(partial, "licences", f"{package}.txt")
+        write_atomically(path, text.encode("utf-8"))
+    _replace(partial, place)
+    _remove_journal(place)
     stores = [Store.open(os.path.join(place, split)) for split in SPLITS]
     seconds = time.monotonic() - started
     num_tokens = sum(store.num_tokens for store in stores)
-    log(f"{domain.name}: {opened.ledger}; {num_tokens:,} tokens in {seconds:.1f} s")
+    rate = ledger.tokens_read / max(seconds, 1e-9) / 1e6
+    log(f"{domain.name}: {ledger}; {num_tokens:,} tokens in {seconds:.1f} s, {rate:.1f}M tokens/s")
     return stores
 
 
-def _fill(
-    writers: Mapping[str, StoreWriter],
-    domain: Domain,
-    opened: Opened,
-    limit_documents: int | None,
-) -> None:
-    """Writes the documents of a domain to its two stores, and settles the ledger."""
-    ledger = opened.ledger
-    limits = _limits(domain, limit_documents)
-    with ProgressBar(f"{domain.name}: tokens", opened.total) as bar:
-        for split, document in opened.documents:
-            writer = writers[split]
-            if writer.num_documents >= limits[split]:
-                ledger.stored[split] -= 1
-                ledger.dropped["over limit_documents"] += 1
-                if domain.streams and all(writers[s].num_documents >= limits[s] for s in writers):
-                    break
-                continue
-            bar.count(
-                writer.add(
-                    document.text,
-                    document_id=document.id,
-                    source=document.source,
-                    extras=document.extras,
-                )
-            )
-    ledger.check()
-    for split, writer in writers.items():
-        assert writer.num_documents == ledger.stored[split], f"{domain.name}: ledger is off"
-        writer.ledger = ledger.to_json()
-        if not writer.num_documents:
-            raise SourceError(
-                f"domain {domain.name!r} has no {split} document ({ledger}); add text"
-            )
-
-
-def _limits(domain: Domain, limit_documents: int | None) -> dict[str, float]:
-    if limit_documents is None:
-        return dict.fromkeys(SPLITS, float("inf"))
-    fraction = (
-        domain.settings.get("heldout_fraction") or domain.settings["split"]["heldout_fraction"]
-    )
-    heldout = min(limit_documents - 1, max(1, round(limit_documents * fraction)))
-    return {TRAIN: limit_documents - heldout, HELDOUT: heldout}
+def _remove_journal(place: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(os.path.join(place, JOURNAL))
 
 
 def _is_current(place: str, inputs: str) -> bool:
@@ -368,6 +396,7 @@ def _is_current(place: str, inputs: str) -> bool:
             return False
         if Store.open(path).meta.get("inputs") != inputs:
             return False
+    _remove_journal(place)
     return True
 
 
@@ -382,14 +411,19 @@ def _replace(partial: str, place: str) -> None:
 
 
 def _remove_leftovers(root: str) -> None:
-    """Clears what a killed call left (we hold the lock: nobody is writing it)."""
+    """Clears what a killed call left (we hold the lock: nobody is writing it).
+
+    An unfinished domain that has a journal stays: the call that makes the domain goes on with it.
+    """
     for name in os.listdir(root):
         if name.startswith(".old-"):
             place = os.path.join(root, name.removeprefix(".old-"))
             if not os.path.exists(place):  # Killed between the two renames.
                 os.rename(os.path.join(root, name), place)
-        if name.startswith((".old-", ".partial-")):
-            shutil.rmtree(os.path.join(root, name), ignore_errors=True)
+        path = os.path.join(root, name)
+        unfinished = name.startswith(".partial-") and os.path.exists(os.path.join(path, JOURNAL))
+        if name.startswith((".old-", ".partial-")) and not unfinished:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager

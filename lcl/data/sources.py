@@ -14,18 +14,11 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import fnmatch
-import glob
-import gzip
 import hashlib
-import json
-import os
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 TRAIN, HELDOUT = "train", "heldout"
-DEFAULT_PATTERNS = ("*.txt", "*.md")
 
 
 class SourceError(ValueError):
@@ -57,36 +50,79 @@ class Document:
         return stable_hash(self.source, self.name) >> 1
 
 
+def _counter() -> Any:
+    return dataclasses.field(default_factory=collections.Counter)
+
+
 @dataclasses.dataclass
 class Ledger:
-    """The account of what was read: read == sum(dropped) + sum(stored).
+    """The account of what was read, in documents and in tokens. Both sums must match:
+
+        documents  read == sum(dropped) + sum(stored)                  (a cut document is stored)
+        tokens     read == sum(dropped) + truncated + sum(stored)      (bos and eos included)
+
+    What holds no text (a line that is no JSON) has no tokens. Documents that were never tokenised
+    (beyond `limit_documents`; dropped when a corpus was built) are named in `uncounted`.
 
     Attributes:
         read: documents seen.
         dropped: reason -> number of documents.
         stored: split -> number of documents.
-        notes: anything else worth counting (encodings, lines removed); outside the sum.
+        notes: anything else worth counting (encodings, lines removed); outside the sums.
+        truncated: how many of the stored documents were cut.
+        tokens_read: tokens of the documents that were tokenised.
+        tokens_dropped: reason -> tokens of its documents.
+        tokens_truncated: tokens cut from the ends of stored documents.
+        tokens_stored: split -> tokens.
+        uncounted: reason -> dropped documents whose tokens were not counted.
+
+    >>> ledger = Ledger()
+    >>> ledger.drop("empty"), ledger.store("train", tokens=10, cut=3)
+    (None, None)
+    >>> ledger.check(), ledger.read, ledger.tokens_read
+    (None, 2, 13)
     """
 
     read: int = 0
-    dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    stored: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    notes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    dropped: collections.Counter[str] = _counter()
+    stored: collections.Counter[str] = _counter()
+    notes: collections.Counter[str] = _counter()
+    truncated: int = 0
+    tokens_read: int = 0
+    tokens_dropped: collections.Counter[str] = _counter()
+    tokens_truncated: int = 0
+    tokens_stored: collections.Counter[str] = _counter()
+    uncounted: collections.Counter[str] = _counter()
 
-    def drop(self, reason: str) -> None:
+    def drop(self, reason: str, tokens: int = 0) -> None:
         """Counts a document that was read and is not kept."""
         self.read += 1
         self.dropped[reason] += 1
+        self.tokens_read += tokens
+        if tokens:
+            self.tokens_dropped[reason] += tokens
 
-    def store(self, split: str) -> None:
-        """Counts a document that was read and is kept."""
+    def store(self, split: str, tokens: int = 0, cut: int = 0) -> None:
+        """Counts a document that was read and is kept: `tokens` stored, `cut` off its end."""
         self.read += 1
         self.stored[split] += 1
+        self.count_stored(split, tokens, cut)
+
+    def count_stored(self, split: str, tokens: int, cut: int = 0) -> None:
+        """Counts the tokens of a document that is in the ledger as stored."""
+        self.tokens_read += tokens + cut
+        self.tokens_truncated += cut
+        self.truncated += cut > 0
+        if tokens:
+            self.tokens_stored[split] += tokens
 
     def check(self) -> None:
-        """Raises if a document got lost on the way: a bug, not bad input."""
+        """Raises if a document or a token got lost on the way: a bug, not bad input."""
         accounted = sum(self.dropped.values()) + sum(self.stored.values())
         assert self.read == accounted, f"ledger: {self.read} read, {accounted} accounted for"
+        tokens = sum(self.tokens_dropped.values()) + sum(self.tokens_stored.values())
+        tokens += self.tokens_truncated
+        assert self.tokens_read == tokens, f"ledger: {self.tokens_read} tokens, {tokens} accounted"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -94,22 +130,49 @@ class Ledger:
             "dropped": dict(sorted(self.dropped.items())),
             "stored": dict(sorted(self.stored.items())),
             "notes": dict(sorted(self.notes.items())),
+            "truncated": self.truncated,
+            "tokens": {
+                "read": self.tokens_read,
+                "dropped": dict(sorted(self.tokens_dropped.items())),
+                "truncated": self.tokens_truncated,
+                "stored": dict(sorted(self.tokens_stored.items())),
+                "uncounted_documents": dict(sorted(self.uncounted.items())),
+            },
         }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Ledger:
+        """Reads a ledger back; one of an older store has no tokens."""
+        tokens = value.get("tokens") or {}
         return cls(
             value["read"],
             collections.Counter(value["dropped"]),
             collections.Counter(value["stored"]),
             collections.Counter(value["notes"]),
+            value.get("truncated", 0),
+            tokens.get("read", 0),
+            collections.Counter(tokens.get("dropped", {})),
+            tokens.get("truncated", 0),
+            collections.Counter(tokens.get("stored", {})),
+            collections.Counter(tokens.get("uncounted_documents", {})),
         )
 
     def __str__(self) -> str:
         dropped = ", ".join(f"{n:,} {why}" for why, n in sorted(self.dropped.items()))
         stored = ", ".join(f"{self.stored[s]:,} {s}" for s in (TRAIN, HELDOUT))
         notes = "".join(f"; {n:,} {what}" for what, n in sorted(self.notes.items()))
-        return f"read {self.read:,} = {stored} + dropped ({dropped or 'none'}){notes}"
+        text = f"read {self.read:,} = {stored} + dropped ({dropped or 'none'}){notes}"
+        if self.truncated:
+            text += f"; {self.truncated:,} truncated"
+        if self.tokens_read:
+            gone = ", ".join(f"{n:,} {why}" for why, n in sorted(self.tokens_dropped.items()))
+            kept = ", ".join(f"{self.tokens_stored[s]:,} {s}" for s in (TRAIN, HELDOUT))
+            text += f"; tokens: read {self.tokens_read:,} = {kept} + dropped ({gone or 'none'})"
+            text += f" + truncated ({self.tokens_truncated:,})" if self.tokens_truncated else ""
+        if self.uncounted:
+            what = ", ".join(f"{n:,} {why}" for why, n in sorted(self.uncounted.items()))
+            text += f"; never tokenised: {what}"
+        return text
 
 
 def stable_hash(*parts: str | int) -> int:
@@ -149,33 +212,61 @@ def keep_and_split(
     Yields:
         ("train" | "heldout", document).
     """
+    for document, _, reason in judge(documents, min_characters=min_characters):
+        if reason is not None:
+            ledger.drop(reason)
+            continue
+        split = split_of(document, heldout_fraction, seed, only_heldout)
+        ledger.store(split)
+        yield split, document
+
+
+def split_of(
+    document: Document, heldout_fraction: float, seed: int, only_heldout: str | None = None
+) -> str:
+    """The side of the split that a document is on; see `keep_and_split`."""
+    group = document.group or document.name
+    if only_heldout is None:
+        held = is_heldout(group, heldout_fraction, seed)
+    else:
+        held = group == only_heldout
+    return HELDOUT if held else TRAIN
+
+
+class Judged(NamedTuple):
+    """A document, its text as UTF-8, and why it is dropped (None: it is not)."""
+
+    document: Document
+    data: bytes
+    reason: str | None
+
+
+def judge(documents: Iterable[Document], *, min_characters: int = 1) -> Iterator[Judged]:
+    """Says of each document whether it is fit and new: not empty, no binary, no exact duplicate.
+
+    Streaming: remembers 16 bytes a document. Of equal texts the first stays.
+    """
     seen: set[bytes] = set()
     for document in documents:
-        if "\0" in document.text:
-            ledger.drop("null bytes (not text)")
-            continue
-        length = len(document.text.strip())
-        if length < max(1, min_characters):
-            ledger.drop(f"shorter than {min_characters} characters" if length else "empty")
-            continue
         try:
             data = document.text.encode("utf-8")
         except UnicodeEncodeError:
-            ledger.drop("half a surrogate pair (not Unicode text)")
+            yield Judged(document, b"", "half a surrogate pair (not Unicode text)")
+            continue
+        if b"\0" in data:
+            yield Judged(document, data, "null bytes (not text)")
+            continue
+        length = len(document.text.strip())
+        if length < max(1, min_characters):
+            short = f"shorter than {min_characters} characters" if length else "empty"
+            yield Judged(document, data, short)
             continue
         digest = hashlib.blake2b(data, digest_size=16).digest()
         if digest in seen:
-            ledger.drop("exact duplicate")
+            yield Judged(document, data, "exact duplicate")
             continue
         seen.add(digest)
-        group = document.group or document.name
-        if only_heldout is None:
-            held = is_heldout(group, heldout_fraction, seed)
-        else:
-            held = group == only_heldout
-        split = HELDOUT if held else TRAIN
-        ledger.store(split)
-        yield split, document
+        yield Judged(document, data, None)
 
 
 def first_heldout_group(documents: Iterable[Document], *, seed: int, **fitness: Any) -> str | None:
@@ -194,126 +285,3 @@ def first_heldout_group(documents: Iterable[Document], *, seed: int, **fitness: 
     if len(groups) < 2:
         return None
     return min(groups, key=lambda group: stable_hash("split", seed, group))
-
-
-# ---- your own text
-
-
-def folder_files(path: str, patterns: Iterable[str] = DEFAULT_PATTERNS) -> list[tuple[str, str]]:
-    """Files under a folder, sorted: (full path, path within the folder). Follows no links.
-
-    Args:
-        path: a folder, or a folder and a pattern ("notes/**/*.rst").
-        patterns: names to take if `path` is a folder alone.
-
-    Raises:
-        SourceError: no such folder, or no file that matches.
-    """
-    if glob.has_magic(path) and not os.path.isdir(path):
-        base = path
-        while glob.has_magic(base):
-            base = os.path.dirname(base)
-        base = base or "."
-        found = [f for f in glob.glob(path, recursive=True) if os.path.isfile(f)]
-        what = repr(path)
-    elif os.path.isdir(path):
-        base, patterns = path, tuple(patterns)
-        found = [
-            os.path.join(folder, name)
-            for folder, _, names in os.walk(path)
-            for name in names
-            if any(fnmatch.fnmatch(name.lower(), pattern) for pattern in patterns)
-        ]
-        what = f"{path!r} ({' or '.join(patterns)})"
-    else:
-        raise SourceError(f"no folder {path!r}; give a folder of text files or a pattern")
-    if not found:
-        raise SourceError(f"no file in {what}; give another pattern, e.g. {path}/**/*.rst")
-    return sorted((file, os.path.relpath(file, base)) for file in found)
-
-
-def folder_documents(
-    path: str, ledger: Ledger, *, patterns: Iterable[str] = DEFAULT_PATTERNS
-) -> Iterator[Document]:
-    """Reads every text file under a folder as one document.
-
-    Links and files that are not UTF-8 are dropped and counted; a file that cannot be opened is an
-    error, since a corpus that depends on permissions is no corpus.
-    """
-    for file, name in folder_files(path, patterns):
-        if os.path.islink(file):
-            ledger.drop("symbolic link")
-            continue
-        try:
-            with open(file, "rb") as stream:
-                data = stream.read()
-        except OSError as error:
-            raise SourceError(f"{file!r}: {error.strerror}; mend or move it") from error
-        try:
-            text = data.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            ledger.drop("not UTF-8")
-            continue
-        yield Document(name=name, text=text, source=os.path.basename(os.path.abspath(path)))
-
-
-def jsonl_files(path: str) -> list[str]:
-    """The file, or the files of a folder or pattern, sorted."""
-    if os.path.isdir(path):
-        path = os.path.join(path, "**", "*.jsonl*")
-    files = sorted(f for f in glob.glob(path, recursive=True) if os.path.isfile(f))
-    if not files and os.path.isfile(path):
-        files = [path]
-    if not files:
-        raise SourceError(f"no file {path!r}; give a .jsonl or .jsonl.gz file, or a pattern")
-    return files
-
-
-def jsonl_documents(path: str, ledger: Ledger, *, field: str = "text") -> Iterator[Document]:
-    """Reads one document a line, streaming: {"text": "..."}; .gz is unpacked on the way.
-
-    A line that is no JSON object, is not UTF-8 or has no such field is dropped and counted. A file
-    in which no line has the field, and a gzip file that ends too early, are errors.
-    """
-    for file in jsonl_files(path):
-        fields: set[str] = set()
-        good = 0
-        for number, line in enumerate(_lines(file), start=1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError:
-                ledger.drop("not UTF-8")
-                continue
-            except (ValueError, RecursionError):
-                ledger.drop("not JSON")
-                continue
-            if not isinstance(value, dict):
-                ledger.drop("no JSON object")
-            elif not isinstance(value.get(field), str):
-                fields.update(list(value)[:20])
-                ledger.drop(f"no text in field {field!r}")
-            else:
-                good += 1
-                yield Document(
-                    name=f"{os.path.basename(file)}:{number}",
-                    text=value[field],
-                    source=os.path.basename(file),
-                )
-        if fields and not good:
-            raise SourceError(
-                f"no line of {file!r} has text in the field {field!r}; its fields are "
-                f"{', '.join(sorted(fields))}; rename the one that holds the text to {field!r}"
-            )
-
-
-def _lines(file: str) -> Iterator[bytes]:
-    opener: Callable[[str, str], Any] = gzip.open if file.endswith(".gz") else open
-    try:
-        with opener(file, "rb") as stream:
-            yield from stream
-    except EOFError as error:
-        raise SourceError(f"{file!r} ends in the middle (truncated gzip); copy it again") from error
-    except (OSError, zlib.error) as error:
-        raise SourceError(f"{file!r} cannot be read ({error}); copy it again or mend it") from error

@@ -28,26 +28,15 @@ import difflib
 import functools
 import json
 import os
-import shutil
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from lcl.data.fingerprints import fingerprint, new_digest
+from lcl.data.store_writer import FORMAT_VERSION, META_FILE, SPLITS, StoreError, StoreWriter
 from lcl.data.tokenizers import Tokenizer, load_tokenizer
 
-FORMAT_VERSION = 1
-SPLITS = ("train", "heldout")
-META_FILE = "meta.json"
-
-_HEADER_BYTES = 128  # Fixed, so that the shape can be written when it is known: at the end.
-_CHUNK_CHARACTERS = 1 << 20  # Longer texts are encoded piece by piece.
-
-
-class StoreError(ValueError):
-    """A store that is missing or unfit; the message is one line and says the mend."""
+__all__ = ["FORMAT_VERSION", "META_FILE", "SPLITS", "Data", "Store", "StoreError", "StoreWriter"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -208,187 +197,6 @@ class Store:
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
 
-class StoreWriter:
-    """Writes one store, a document at a time, and publishes it in one rename.
-
-    Memory does not grow with the text: tokens go straight to the disk, a document of hundreds of
-    megabytes in pieces. If the block is left by an exception, or the process is killed, nothing is
-    visible under `path`.
-
-    >>> with StoreWriter(path, tokenizer=ByteTokenizer(), domain="en", split="train") as writer:
-    ...     writer.add("hello", document_id=7)  # doctest: +SKIP
-    """
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        tokenizer: Tokenizer,
-        domain: str,
-        split: str,
-        tokenizer_spec: str | None = None,
-        licence: str = "not recorded",
-        settings: Mapping[str, Any] | None = None,
-        inputs: str = "",
-    ):
-        """Opens a store for writing.
-
-        Args:
-            path: directory of the finished store; must not exist when the block ends.
-            tokenizer: encodes every text.
-            domain: name of the domain, e.g. "manpages-fr".
-            split: "train" or "heldout".
-            tokenizer_spec: what to record; a relative file name counts from the store's root.
-            licence: one line.
-            settings: whatever else made these documents; JSON, part of the fingerprint.
-            inputs: a hash by which `prepare` knows whether the store is up to date; no part of the
-                fingerprint.
-        """
-        if split not in SPLITS:
-            raise StoreError(f"unknown split {split!r}; use {' or '.join(SPLITS)}")
-        self.path = os.fspath(path)
-        self.tokenizer = tokenizer
-        self.ledger: dict[str, Any] = {}
-        self._meta: dict[str, Any] = {
-            "format": FORMAT_VERSION,
-            "domain": domain,
-            "split": split,
-            "tokenizer_spec": tokenizer.spec if tokenizer_spec is None else tokenizer_spec,
-            "tokenizer_fingerprint": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-            "bos_id": tokenizer.bos_id,
-            "eos_id": tokenizer.eos_id,
-            "licence": licence,
-            "settings": dict(settings or {}),
-            "inputs": inputs,
-        }
-        self._partial = f"{self.path}.partial-{os.getpid()}"
-        self._dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-        self._offsets, self._ids, self._bytes, self._sources = [0], [], [], []  # type: ignore[var-annotated]
-        self._source_names: dict[str, int] = {}
-        self._extras: dict[str, list[float]] = {}
-        self._digest = new_digest()
-        self._file: BinaryIO | None = None
-
-    @property
-    def num_documents(self) -> int:
-        return len(self._ids)
-
-    @property
-    def num_tokens(self) -> int:
-        return self._offsets[-1]
-
-    def __enter__(self) -> StoreWriter:
-        shutil.rmtree(self._partial, ignore_errors=True)
-        os.makedirs(self._partial)
-        self._file = open(os.path.join(self._partial, "tokens.npy"), "wb")
-        self._file.write(b"\0" * _HEADER_BYTES)
-        return self
-
-    def add(
-        self,
-        text: str,
-        *,
-        document_id: int,
-        source: str = "",
-        extras: Mapping[str, float] | None = None,
-    ) -> int:
-        """Appends one document.
-
-        Args:
-            text: its text; must be encodable as UTF-8.
-            document_id: any int64; provenance and error messages name it.
-            source: where it came from (package, folder).
-            extras: numbers to keep for each document; the same names for all of them.
-
-        Returns:
-            The number of tokens stored, bos and eos included.
-        """
-        tokenizer = self.tokenizer
-        num_tokens = self._write(np.asarray([tokenizer.bos_id]))
-        num_bytes = 0
-        for piece in _pieces(text) if tokenizer.can_chunk else (text,):
-            num_bytes += len(piece.encode("utf-8"))
-            num_tokens += self._write(tokenizer.encode(piece))
-        num_tokens += self._write(np.asarray([tokenizer.eos_id]))
-        self._offsets.append(self._offsets[-1] + num_tokens)
-        self._ids.append(document_id)
-        self._bytes.append(num_bytes)
-        self._sources.append(self._source_names.setdefault(source, len(self._source_names)))
-        for name, value in (extras or {}).items():
-            self._extras.setdefault(name, []).append(float(value))
-        return num_tokens
-
-    def _write(self, ids: np.ndarray) -> int:
-        assert self._file is not None, "use StoreWriter in a with block"
-        data = np.ascontiguousarray(ids, dtype=self._dtype).tobytes()
-        self._file.write(data)
-        self._digest.update(data)
-        return len(ids)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        assert self._file is not None
-        try:
-            if kind is None:
-                self._publish()
-        finally:
-            self._file.close()
-            shutil.rmtree(self._partial, ignore_errors=True)
-
-    def _publish(self) -> None:
-        assert self._file is not None
-        self._file.seek(0)
-        self._file.write(_npy_header(self._dtype, self.num_tokens))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        arrays: dict[str, np.ndarray] = {
-            "offsets": np.asarray(self._offsets, dtype=np.int64),
-            "document_ids": np.asarray(self._ids, dtype=np.int64),
-            "document_bytes": np.asarray(self._bytes, dtype=np.int64),
-            "sources": np.asarray(self._sources, dtype=np.int32),
-            "token_num_bytes": self.tokenizer.token_num_bytes.astype(np.int32),
-        }
-        for name, values in self._extras.items():
-            assert len(values) == self.num_documents, f"extra {name} is missing for some documents"
-            arrays[f"extra_{name}"] = np.asarray(values, dtype=np.float32)
-        for name, array in arrays.items():
-            np.save(os.path.join(self._partial, f"{name}.npy"), array)
-            self._digest.update(array.tobytes())
-        meta = self._meta | {
-            "num_documents": self.num_documents,
-            "num_tokens": self.num_tokens,
-            "num_bytes": int(arrays["document_bytes"].sum()),
-            "source_names": list(self._source_names),
-            "extras": sorted(self._extras),
-            "ledger": self.ledger,
-            "content_fingerprint": self._digest.hexdigest(),
-        }
-        meta["fingerprint"] = fingerprint(
-            meta["domain"],
-            meta["split"],
-            meta["tokenizer_fingerprint"],
-            meta["settings"],
-            meta["source_names"],
-            meta["content_fingerprint"],
-        )
-        with open(os.path.join(self._partial, META_FILE), "w", encoding="utf-8") as file:
-            json.dump(meta, file, indent=1, sort_keys=True)
-            file.flush()
-            os.fsync(file.fileno())
-        os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
-        try:
-            os.rename(self._partial, self.path)
-        except OSError as error:
-            raise StoreError(
-                f"a store is already at {self.path!r}; remove it or use `lcl prepare --force`"
-            ) from error
-
-
 @dataclasses.dataclass(frozen=True)
 class Data:
     """Where the stores are: a root directory with one folder a domain.
@@ -459,29 +267,3 @@ class Data:
                     f"{store.meta['tokenizer_spec']}; prepare them again into one root"
                 )
         return first
-
-
-def _pieces(text: str) -> list[str] | tuple[str, ...]:
-    r"""Cuts a very long text where a line begins with a letter: there, tokens do not cross.
-
-    "one\n two\nthree"  ->  "one\n two\n" | "three"        (had it been a million characters)
-    """
-    if len(text) <= _CHUNK_CHARACTERS:
-        return (text,)
-    pieces, start = [], 0
-    while len(text) - start > _CHUNK_CHARACTERS:
-        end = start + _CHUNK_CHARACTERS
-        cut = text.rfind("\n", start, end)
-        while cut > start and text[cut + 1 : cut + 2].isspace():
-            cut = text.rfind("\n", start, cut)
-        cut = cut + 1 if cut > start else end
-        pieces.append(text[start:cut])
-        start = cut
-    return [*pieces, text[start:]]
-
-
-def _npy_header(dtype: np.dtype, length: int) -> bytes:
-    """The .npy 1.0 header of a flat array, padded to _HEADER_BYTES."""
-    text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({length},), }}"
-    body = text.encode("latin1").ljust(_HEADER_BYTES - 11) + b"\n"
-    return b"\x93NUMPY\x01\x00" + len(body).to_bytes(2, "little") + body

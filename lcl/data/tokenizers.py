@@ -1,15 +1,16 @@
 """Tokenizers: text to integers and back, byte for byte.
 
-Three kinds, each named by a one-line spec:
+Four kinds, each named by a one-line spec:
 
     byte                            256 bytes + bos + eos; needs no file
     sentencepiece:PATH.model        a SentencePiece model (`train_sentencepiece` makes one)
     hf:PATH/tokenizer.json          a byte-level BPE of Hugging Face `tokenizers`
     hf:PATH/tokenizer.json,bos=<s>,eos=</s>      the same, its borders named by hand
+    seqio:PATH.model,extra_ids=100  the ids of a SeqIO vocabulary; see `lcl.data.seqio_bridge`
 
-All are lossless, `decode(encode(text)) == text`, and all say for how many UTF-8 bytes each token
-stands (`token_num_bytes`). That table turns nats per token into bits per byte, the unit in which
-models with different tokenizers can be compared.
+All but the last are lossless, `decode(encode(text)) == text`, and all say for how many UTF-8 bytes
+each token stands (`token_num_bytes`). That table turns nats per token into bits per byte, the unit
+in which models with different tokenizers can be compared.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ import numpy as np
 
 from lcl.data.fingerprints import fingerprint
 
-SPEC_FORMS = "byte | sentencepiece:PATH.model | hf:PATH/tokenizer.json"
+SPEC_FORMS = (
+    "byte | sentencepiece:PATH.model | hf:PATH/tokenizer.json | seqio:PATH.model,extra_ids=N"
+)
 
 # Borders by name, for a tokenizer.json that has no tokenizer_config.json beside it; best first.
 _BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "<|startoftext|>", "<|endoftext|>")
@@ -66,6 +69,10 @@ class Tokenizer(Protocol):
         """Returns the ids of `text`, int32[num_tokens], without bos and eos."""
         ...
 
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`[encode(text) for text in texts]`, faster where the library can."""
+        ...
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Returns the text of `ids`; specials stand for nothing."""
         ...
@@ -96,6 +103,10 @@ class ByteTokenizer:
         data = text.encode("utf-8") if isinstance(text, str) else text
         return np.frombuffer(data, dtype=np.uint8).astype(np.int32)
 
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        # uint8 views of the bytes: whoever writes them widens them once.
+        return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         ids = np.asarray(ids)
         return ids[ids < 256].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
@@ -118,7 +129,7 @@ class SentencePieceTokenizer:
         import sentencepiece
 
         self.spec = f"sentencepiece:{path}"
-        model = _read(path, "SentencePiece model") if model is None else model
+        model = read_file(path, "SentencePiece model") if model is None else model
         self.model = model
         self.fingerprint = fingerprint("sentencepiece", model)
         try:
@@ -159,6 +170,12 @@ class SentencePieceTokenizer:
             ids += (self._space_symbol_ids if i else []) + self._processor.encode(piece)
         return np.asarray(ids, dtype=np.int32)
 
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if any(_SPACE_SYMBOL in text for text in texts):
+            return [self.encode(text) for text in texts]
+        rows = self._processor.encode(list(texts), num_threads=1)
+        return [np.asarray(ids, dtype=np.int32) for ids in rows]
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._processor.decode(np.asarray(ids).astype(int).tolist())
 
@@ -189,7 +206,7 @@ class HuggingFaceTokenizer:
                 "a hf: tokenizer needs the package tokenizers: pip install 'lcl[hf]'"
             ) from error
 
-        self.data = data = _read(path, "tokenizer.json")
+        self.data = data = read_file(path, "tokenizer.json")
         try:
             description = json.loads(data)
             self._tokenizer = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
@@ -239,6 +256,10 @@ class HuggingFaceTokenizer:
             self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32
         )
 
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        rows = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(row.ids, dtype=np.int32) for row in rows]
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._tokenizer.decode(np.asarray(ids).astype(int).tolist())
 
@@ -258,7 +279,8 @@ def load_tokenizer(spec: str, *, base: str | None = None) -> Tokenizer:
     """Returns the tokenizer that `spec` names.
 
     Args:
-        spec: "byte", "sentencepiece:PATH.model" or "hf:PATH/tokenizer.json[,bos=X][,eos=Y]".
+        spec: "byte", "sentencepiece:PATH.model", "hf:PATH/tokenizer.json[,bos=X][,eos=Y]" or
+            "seqio:PATH.model[,extra_ids=N]".
         base: the folder from which a relative PATH is counted; default: the current one.
 
     Raises:
@@ -270,6 +292,10 @@ def load_tokenizer(spec: str, *, base: str | None = None) -> Tokenizer:
     kind, _, rest = spec.partition(":")
     if spec == "byte":
         return ByteTokenizer()
+    if kind == "seqio" and rest:
+        from lcl.data.seqio_bridge import parse_seqio
+
+        return parse_seqio(rest, base)
     path, *options = rest.split(",") if kind == "hf" else [rest]
     if kind not in ("sentencepiece", "hf") or not path:
         raise TokenizerError(f"unknown tokenizer {spec!r}; use {SPEC_FORMS}")
@@ -382,7 +408,8 @@ def _component_types(component: Any) -> set[str]:
     return types
 
 
-def _read(path: str, what: str) -> bytes:
+def read_file(path: str, what: str) -> bytes:
+    """The bytes of a tokenizer's file; a TokenizerError says what is missing."""
     try:
         with open(path, "rb") as file:
             return file.read()

@@ -10,15 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lcl.data.readers import folder_documents, folder_files, jsonl_documents
 from lcl.data.sources import (
     Document,
     Ledger,
     SourceError,
     first_heldout_group,
-    folder_documents,
-    folder_files,
     is_heldout,
-    jsonl_documents,
     keep_and_split,
 )
 

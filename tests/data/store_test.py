@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lcl.data import store as store_module
+from lcl.data import tokenising
 from lcl.data.store import Data, Store, StoreError, StoreWriter
 from lcl.data.testing import make_stores
 from lcl.data.tokenizers import ByteTokenizer
@@ -145,18 +145,18 @@ def test_kill_9_while_writing_leaves_no_domain(tmp_path):
     text=st.text(alphabet="ab \n\té", max_size=400), chunk=st.integers(min_value=1, max_value=50)
 )
 def test_long_texts_are_cut_without_loss(text, chunk):
-    before = store_module._CHUNK_CHARACTERS
-    store_module._CHUNK_CHARACTERS = chunk
+    before = tokenising.CHUNK_CHARACTERS
+    tokenising.CHUNK_CHARACTERS = chunk
     try:
-        pieces = store_module._pieces(text)
+        pieces = tokenising.pieces(text)
     finally:
-        store_module._CHUNK_CHARACTERS = before
+        tokenising.CHUNK_CHARACTERS = before
     assert "".join(pieces) == text
     assert all(len(piece) <= chunk for piece in pieces)
 
 
 def test_a_long_document_is_stored_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(store_module, "_CHUNK_CHARACTERS", 1000)
+    monkeypatch.setattr(tokenising, "CHUNK_CHARACTERS", 1000)
     text = "one line é\n  and a second\n" * 2000
     store = write(tmp_path / "s", [(text, 0, "a")])
     assert store.tokenizer().decode(store.document(0)) == text

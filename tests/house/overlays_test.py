@@ -1,4 +1,4 @@
-"""The mixtures' and replay's overlays: what each changes in the quickstart is golden."""
+"""The methods' and mixtures' overlays: what each changes in the quickstart is golden."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ OVERLAYS = [
     "configs/data/mixture_staged.gin",
     "configs/data/subset_epochs.gin",
     "configs/data/token_budgets.gin",
+    "configs/methods/endprompt.gin",
+    "configs/methods/pose.gin",
     "configs/methods/replay.gin",
     "configs/methods/replay_balanced.gin",
     "configs/methods/replay_contiguous.gin",
     "configs/methods/replay_reservoir.gin",
+    "configs/methods/skyladder.gin",
 ]
 
 

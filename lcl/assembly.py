@@ -26,7 +26,7 @@ import optax
 
 from lcl import stages as stages_lib
 from lcl.checkpoints import run_card
-from lcl.data import Batch, Data, Stream, build_stream
+from lcl.data import Batch, Data, Mixture, Stream, build_stream
 from lcl.describe import describe
 from lcl.evals import HeldOut
 from lcl.evals.heldout import EvalBatches
@@ -47,6 +47,8 @@ VOCABULARY_PADDING = 256
 CONFIG_FILE = "config.gin"
 # Batches that the host prepares ahead of the device.
 PREFETCH = 4
+# Programs that are compiled at the same time: each takes memory of its own.
+COMPILE_AT_ONCE = 4
 
 
 def named_key(seed: int, name: str) -> jax.Array:
@@ -69,7 +71,7 @@ class Assembly:
     chain: optax.GradientTransformation
     abstract_state: TrainState
     identity: Mapping[str, Any]
-    flops_per_token: Mapping[int, float]
+    flops_per_token: Mapping[int, Mapping[tuple[int, int], float]]  # by stage, then by shape
     peak_flops: float | None
     flop_convention: str
     compile_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -100,6 +102,10 @@ class Assembly:
     def span_ending_at(self, step: int) -> Span | None:
         """The stage whose last update was the one before `step`, if any."""
         return next((s for s in self.spans if s.end_step == step), None)
+
+    def flops_at(self, step: int) -> float:
+        """Training FLOPs a token of step `step`."""
+        return self.flops_per_token[self.stream.stage_at(step)][self.stream.batch_shape(step)]
 
     def describe_rows(self, step: int) -> str:
         """The rows of a step in a few words, for an error: which documents of which domains."""
@@ -169,8 +175,23 @@ class Assembly:
     # ---- steps -------------------------------------------------------------------------------
 
     def train_step(self, span: Span) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-        """The compiled step of a stage; stages of one shape share it. It cannot recompile."""
-        shape = self.stream.batch_shape(span.first_step)
+        """The compiled step of a stage: one program a shape of its batches, all made beforehand.
+
+        Stages of one shape share its program. Nothing can recompile.
+        """
+        shapes = self.stream.shapes(span.index)
+        if len(shapes) == 1:
+            return self._train_program(span, shapes[0])
+        with concurrent.futures.ThreadPoolExecutor(COMPILE_AT_ONCE) as pool:
+            programs = pool.map(lambda shape: self._train_program(span, shape), shapes)
+            program_of = dict(zip(shapes, programs, strict=True))
+
+        def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+            return program_of[batch.tokens.shape](state, batch)
+
+        return run
+
+    def _train_program(self, span: Span, shape: tuple[int, int]) -> Any:
         model = self._model(span)
         step = make_train_step(model, self.objective, self.optimizer, self.chain, self.num_sources)
         jitted = jax.jit(
@@ -192,7 +213,7 @@ class Assembly:
         return run
 
     def compile_ahead(self, span: Span) -> None:
-        """Starts compiling a stage's step in a thread of its own; `train_step` waits for it."""
+        """Starts compiling a stage's steps in threads of their own; `train_step` waits for them."""
         threading.Thread(target=self.train_step, args=(span,), daemon=True).start()
 
     def _compile(self, name: str, model: Decoder, jitted: Any, example: tuple[Any, ...]) -> Any:
@@ -238,18 +259,24 @@ class Assembly:
 
     def batches(self, start: int) -> Iterator[Batch]:
         """Host batches from step `start` on; this process's rows, prefetched by Grain."""
-        span = self.span_at(start)
-        while span is not None:
-            rows = rules.process_rows(self.mesh, self.stream.batch_shape(start)[0])
-            dataset = self.stream.dataset(start=start, stop=span.end_step, rows=rows)
-            options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH)
-            yield from dataset.to_iter_dataset(options)
-            start = span.end_step
-            span = self.span_at(start)
+        dataset = self.stream.dataset(
+            start=start, rows=lambda batch_size: rules.process_rows(self.mesh, batch_size)
+        )
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH)
+        yield from dataset.to_iter_dataset(options)
 
-    def put(self, batch: Batch, span: Span) -> Batch:
+    def placed_batches(self, start: int) -> Iterator[Batch]:
+        """Batches from step `start` on, each on its way to the devices when it is handed out.
+
+        Nothing waits here but for the host's next batch. So who asks for the next one right after
+        having started a step has it copied while the step runs, and two are on the devices.
+        """
+        for step, batch in enumerate(self.batches(start), start=start):
+            yield self.put(batch, step)
+
+    def put(self, batch: Batch, step: int) -> Batch:
         """Places the rows that `batches` gave this process on the mesh, as part of the batch."""
-        batch_size, _ = self.stream.batch_shape(span.first_step)
+        batch_size, _ = self.stream.batch_shape(step)
         rows = rules.process_rows(self.mesh, batch_size)
         return rules.put_batch(
             batch, self.mesh, rows=rows, batch_size=None if rows is None else batch_size
@@ -298,7 +325,10 @@ class Assembly:
             "num_parameters": num_parameters(self.model),
             "flops": {
                 "convention": self.flop_convention,
-                "per_token": {self.spans[i].stage.name: f for i, f in self.flops_per_token.items()},
+                "per_token": {
+                    self.spans[i].stage.name: _per_token(by_shape)
+                    for i, by_shape in self.flops_per_token.items()
+                },
             },
             "ledger": self.stream.ledger(step),
             "step": step,
@@ -334,8 +364,11 @@ def assemble(
         plan_dir=pathlib.Path(data.root) / "plans",
     )
     for span in spans:
-        rules.check_batch_shape(device_mesh, *stream.batch_shape(span.first_step))
+        _check_shapes(device_mesh, stream, span)
         _check_length(model, f"stage {span.stage.name!r}", span.stage.data.sequence_length)
+        for transform in span.stage.data.transforms:
+            target = getattr(transform, "target_length", span.stage.data.sequence_length)
+            _check_length(model, f"transform {type(transform).__name__}", target)
     rules.check_batch_shape(device_mesh, evaluation.batch_size, evaluation.sequence_length)
     _check_length(model, "the evaluation", evaluation.sequence_length)
     for domain in stream.domains:
@@ -389,12 +422,21 @@ def _shardings(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
-def _flops(model: DecoderConfig, stream: Stream, span: Span) -> float:
-    """Training FLOPs a token of a stage, attention as its documents' masks leave it."""
-    batch = stream.batch(span.first_step)
-    return flops.train_flops_per_token(
-        model, span.stage.data.sequence_length, flops.mean_context(batch.segment_ids)
-    )
+def _flops(model: DecoderConfig, stream: Stream, span: Span) -> dict[tuple[int, int], float]:
+    """Training FLOPs a token by the batch's shape, attention as the documents' masks leave it."""
+    return {
+        shape: flops.train_flops_per_token(
+            model, shape[1], flops.mean_context(stream.batch(step).segment_ids)
+        )
+        for shape, step in stream.first_steps(span.index).items()
+    }
+
+
+def _per_token(by_shape: Mapping[tuple[int, int], float]) -> Any:
+    """FLOPs a token for the run card: a number, or one a shape."""
+    if len(by_shape) == 1:
+        return next(iter(by_shape.values()))
+    return {f"{rows} x {length}": each for (rows, length), each in by_shape.items()}
 
 
 def _stage_card(span: Span, stream: Stream) -> dict[str, Any]:
@@ -402,15 +444,30 @@ def _stage_card(span: Span, stream: Stream) -> dict[str, Any]:
     replay = None
     if data.replay is not None:
         replay = {"fraction": data.replay.fraction, "mode": data.replay.mode}
-    return {
+    constant = type(data.mixture) is Mixture
+    card = {
         "name": span.stage.name,
         "first_step": span.first_step,
         "num_steps": span.end_step - span.first_step,
-        "domains": dict(data.mixture.weights),
+        "domains": dict(data.mixture.weights) if constant else stream.shares(span.index),
         "sequence_length": data.sequence_length,
-        "batch_shape": list(stream.batch_shape(span.first_step)),
+        "batch_shape": list(stream.shapes(span.index)[0]),
         "replay": replay,
     }
+    if data.decomposition is not None:
+        card["buckets"] = stream.buckets(span.index)
+    return card
+
+
+def _check_shapes(mesh: jax.sharding.Mesh, stream: Stream, span: Span) -> None:
+    """Refuses a stage of which a batch does not split over the mesh."""
+    for shape in stream.shapes(span.index):
+        try:
+            rules.check_batch_shape(mesh, *shape)
+        except ValueError as error:
+            raise ValueError(
+                f"stage {span.stage.name!r}, rows of {shape[1]} tokens: {error}"
+            ) from error
 
 
 def _check_length(model: DecoderConfig, what: str, sequence_length: int) -> None:

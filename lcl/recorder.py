@@ -33,7 +33,7 @@ class Recorder:
       domains: names of the sources; source d is a new token of domains[d], D + d a replayed one.
       describe_rows: step -> a text that names the rows of that step, for errors.
       tokens: trained tokens so far (a resumed run hands over its checkpoint's count).
-      flops_per_token: training FLOPs per token by stage index, for the MFU.
+      flops_per_token: training FLOPs per token of a step, for the MFU; None where it is not known.
       peak_flops: FLOP/s of all devices together, or None where it is not known.
     """
 
@@ -45,7 +45,7 @@ class Recorder:
         domains: Sequence[str],
         describe_rows: Callable[[int], str],
         tokens: int = 0,
-        flops_per_token: Mapping[int, float] | None = None,
+        flops_per_token: Callable[[int], float] | None = None,
         peak_flops: float | None = None,
     ) -> None:
         self.tokens = tokens
@@ -53,7 +53,7 @@ class Recorder:
         self._bar = bar
         self._domains = tuple(domains)
         self._describe_rows = describe_rows
-        self._flops_per_token = flops_per_token or {}
+        self._flops_per_token = flops_per_token
         self._peak_flops = peak_flops
         self._pending: list[tuple[int, Span, Mapping[str, jax.Array] | None]] = []
         self._clock = time.monotonic()
@@ -81,7 +81,7 @@ class Recorder:
         if not self._pending:
             return
         host = jax.device_get([metrics for _, _, metrics in self._pending])
-        trained = 0
+        trained, flops = 0, 0.0
         for (step, span, _), metrics in zip(self._pending, host, strict=True):
             if metrics is None:
                 self._writer.metrics(
@@ -99,10 +99,13 @@ class Recorder:
                 float(metrics["grad_norm"]),
                 lambda step=step: self._describe_rows(step),
             )
-            trained += round(float(metrics["weight"]))
-            self.tokens += round(float(metrics["weight"]))
+            tokens = round(float(metrics["weight"]))
+            trained += tokens
+            self.tokens += tokens
+            if self._flops_per_token is not None:
+                flops += tokens * self._flops_per_token(step)
             self._writer.metrics(self._line(step, span, metrics))
-        self._time(trained, host[-1])
+        self._time(trained, flops, host[-1])
         self._pending.clear()
 
     def _line(self, step: int, span: Span, metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,15 +126,14 @@ class Recorder:
                     line[f"{kind}/{domain}"] = np.float32(nll[index] / weight[index])
         return line
 
-    def _time(self, trained: int, newest: Mapping[str, Any] | None) -> None:
+    def _time(self, trained: int, flops: float, newest: Mapping[str, Any] | None) -> None:
         """Speed since the last call, without what was excluded."""
         now = time.monotonic()
         seconds = max(now - self._clock - self._excluded, 1e-9)
         self._clock, self._excluded = now, 0.0
         step, span, _ = self._pending[-1]
         speed = trained / seconds
-        flops = self._flops_per_token.get(span.index)
-        mfu = speed * flops / self._peak_flops if flops and self._peak_flops else None
+        mfu = flops / seconds / self._peak_flops if flops and self._peak_flops else None
         timing = {"step": step, "tokens_per_second": round(speed, 1)}
         timing["seconds_per_step"] = round(seconds / len(self._pending), 6)
         if mfu is not None:

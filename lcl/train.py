@@ -165,7 +165,7 @@ def _go(
             domains=run.stream.domains,
             describe_rows=run.describe_rows,
             tokens=tokens,
-            flops_per_token=run.flops_per_token,
+            flops_per_token=run.flops_at,
             peak_flops=run.peak_flops,
         )
         left_out = read_left_out(run_dir)
@@ -189,7 +189,8 @@ class _Loop:
     def run_from(self, step: int, state: TrainState, evaluation: HeldOut, logging: Logging) -> bool:
         """Trains from `step` on; True at the end of the run, False when a signal stopped it."""
         run, first = self.run, step
-        batches = run.batches(start=step)
+        batches = run.placed_batches(start=step)
+        batch = next(batches, None)
         train_step = None
         while True:
             ended = run.span_ending_at(step)
@@ -219,12 +220,12 @@ class _Loop:
                 train_step = self._compile(span)
 
             # ---- the step --------------------------------------------------------------------
-            batch = next(batches)
             if step in self.left_out:
                 state, metrics = run.skip_step(state), None
             else:
                 with jax.transfer_guard("disallow"):
-                    state, metrics = train_step(state, run.put(batch, span))
+                    state, metrics = train_step(state, batch)
+            batch = next(batches, None)  # the next one goes to the devices while this step runs
             self.recorder.add(step, span, metrics)
             step += 1
             self.checkpoints.check()

@@ -6,18 +6,12 @@ many of its rows have been used: where the next stage goes on, and what it may r
     stage 0   {a: 1}            6 rows    a: 0..5                         used a 6
     stage 1   {a: 1, b: 1}      8 rows    a: 6..9      b: 0..3            used a 10, b 4
     stage 2   {b: 1}, replay    4 rows    b: 4..7      pool: a 0..9, b 0..3
-
-A stage has one bucket of rows, or, with dataset decomposition, one for each power of two, and a
-schedule that says which of them a step reads:
-
-    step            0     1     2     3     4          bucket 512: B = 2     bucket 256: B = 4
-    bucket          512   256   256   512   256
-    rows            0 1   0..3  4..7  2 3   8..11      of that bucket
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -27,113 +21,16 @@ import numpy as np
 
 from lcl.data.curricula import Schedule, largest_remainders
 from lcl.data.decomposition import DecompositionLayout, decompose
-from lcl.data.mixture import AnyMixture, BoundMixture
+from lcl.data.mixture import AnyMixture
 from lcl.data.ordering import named_key, shuffle
 from lcl.data.packing import Layout, Slices, pack
+from lcl.data.planned import Bucket, PlannedStage
 from lcl.data.plans import Plan, cached_layout
 from lcl.data.replay import Pool, Used, repack, shown, union, whole_epoch
 from lcl.data.replay_buffers import ReadFn
 from lcl.data.stage_data import StageData, mean_shares, named_settings, scaled_mixture
 
 __all__ = ["Bucket", "PlannedStage", "Planner", "StageData"]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Bucket:
-    """The rows of one length that a stage reads.
-
-    Attributes:
-        row_length: T, cells of a row in the batch.
-        new_rows, replay_rows: of each of its steps.
-        num_steps: how many steps of the stage read it.
-        mixture: bound to the bucket's rows: locate and counts_before.
-        plans: int64[D of the mixture]: index into the stream's plans.
-        used: int64[D of the mixture]: rows of those plans used by the stages before.
-        pool, pool_plans: what may be replayed, its plans as indices into the stream's.
-    """
-
-    row_length: int
-    new_rows: int
-    replay_rows: int
-    num_steps: int
-    mixture: BoundMixture
-    mixture_key: int
-    plans: np.ndarray
-    used: np.ndarray
-    pool: Pool | None
-    pool_plans: np.ndarray
-
-    @property
-    def batch_rows(self) -> int:
-        return self.new_rows + self.replay_rows
-
-    def counts_before(self, num_steps: int) -> np.ndarray:
-        """New rows of each of the mixture's domains in the bucket's first steps."""
-        return self.mixture.counts_before(num_steps * self.new_rows, key=self.mixture_key)
-
-    def locate(self, k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Say which domain of the mixture the bucket's k-th new row is of, and which use of it."""
-        domain, occurrence = self.mixture.locate(k, key=self.mixture_key)
-        return domain, self.used[domain] + occurrence
-
-    def reads(self, plans: Sequence[int]) -> ReadFn:
-        """`locate`, with other numbers for the plans of the mixture's domains."""
-        numbers = np.array(plans, np.int64)
-
-        def read(k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            domain, use = self.locate(k)
-            return numbers[domain], use
-
-        return read
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class PlannedStage:
-    """A stage with everything about it that does not depend on the step.
-
-    Attributes:
-        buckets: by number, shortest rows first, those that have a step; one without decomposition.
-        schedule: which bucket each step reads; None: the only one.
-        decomposed: domain -> its decomposition, for the reports.
-        transform_key: names the draws of the stage's transforms.
-    """
-
-    name: str
-    data: StageData
-    start: int
-    num_steps: int
-    buckets: Mapping[int, Bucket]
-    schedule: Schedule | None
-    decomposed: Mapping[str, DecompositionLayout]
-    transform_key: int
-
-    def bucket_at(self, step: int) -> tuple[Bucket, int]:
-        """Return the bucket of a step of the stage, and how many steps read it before."""
-        if self.schedule is None:
-            return self.buckets[0], step
-        return self.buckets[int(self.schedule.bucket[step])], int(self.schedule.nth[step])
-
-    def steps_before(self, step: int) -> list[tuple[Bucket, int]]:
-        """Return the buckets, each with how many of the first `step` steps read it."""
-        counts = [step] if self.schedule is None else self.schedule.counts_before(step).tolist()
-        return [(bucket, counts[b]) for b, bucket in self.buckets.items()]
-
-    def first_steps(self) -> dict[tuple[int, int], int]:
-        """Return the shapes (B, T) of the stage, longest rows first, each with its first step."""
-        first = {}
-        for b, bucket in reversed(self.buckets.items()):
-            step = 0 if self.schedule is None else int(np.argmax(self.schedule.bucket == b))
-            first[bucket.batch_rows, bucket.row_length] = step
-        return first
-
-    def cells_of_domains(self) -> dict[str, int]:
-        """Return how many cells of new rows each domain of the mixture gives, by name."""
-        cells: dict[str, int] = dict.fromkeys(self.data.mixture.domains, 0)
-        for bucket in self.buckets.values():
-            counts = bucket.counts_before(bucket.num_steps).tolist()
-            for domain, count in zip(bucket.mixture.domains, counts, strict=True):
-                cells[domain] += count * bucket.row_length
-        return cells
 
 
 class Planner:
@@ -165,8 +62,8 @@ class Planner:
         decomposed: dict[str, DecompositionLayout] = {}
         schedule = None
         if data.decomposition is None:
-            plans = {d: self._plan(d, data) for d in data.mixture.domains}
-            buckets = {0: self._bucket(data, data.mixture, plans, num_steps, None)}
+            plan_fn = functools.partial(self._plan, data)
+            buckets = {0: self._bucket(data, data.mixture, plan_fn, num_steps, None)}
         else:
             decomposed = {d: self._decomposed(d, data) for d in data.mixture.domains}
             buckets, schedule = self._buckets(data, decomposed, num_steps)
@@ -198,11 +95,14 @@ class Planner:
         self,
         data: StageData,
         mixture: AnyMixture,
-        plans: Mapping[str, int],
+        plan_fn: Callable[[str, int], int],
         num_steps: int,
         bucket: int | None,
     ) -> Bucket:
-        """Plan the rows of one length; `bucket` is the number of a decomposition's."""
+        """Plan the rows of one length; `bucket` is the number of a decomposition's.
+
+        plan_fn(domain, rows that the stage takes of it) makes the domain's plan.
+        """
         where: tuple[Any, ...] = (self._seed, self._num_stages)
         row_length, factor = data.sequence_length, 1
         if bucket is not None and data.decomposition is not None:
@@ -210,18 +110,24 @@ class Planner:
             factor, where = data.sequence_length // row_length, (*where, row_length)
         new_rows, replay_rows, pool = data.batch_size, 0, None
         pool_plans = np.zeros(0, np.int64)
-        if data.replay is not None and self._used:  # the first stage has nothing to replay
+        replays = data.replay is not None and bool(self._used)  # the first stage has nothing to
+        if data.replay is not None and replays:
             new_rows, replay_rows = data.replay.rows_per_step(data.batch_size)
-            pool_plans, pool = self._pool(data, bucket, named_key("pool", *where))
-        indices = np.array([plans[domain] for domain in mixture.domains], np.int64)
         num_rows = max(1, num_steps * new_rows * factor)
+        mixture_key = named_key("mixture", *where)
+        bound = mixture.bind(num_rows, row_length)
+        counts = bound.counts_before(num_rows, key=mixture_key).tolist()
+        plans = [plan_fn(domain, n) for domain, n in zip(bound.domains, counts, strict=True)]
+        indices = np.array(plans, np.int64)
+        if replays:
+            pool_plans, pool = self._pool(data, bucket, named_key("pool", *where))
         return Bucket(
             row_length=row_length,
             new_rows=new_rows * factor,
             replay_rows=replay_rows * factor,
             num_steps=num_steps,
-            mixture=mixture.bind(num_rows, row_length),
-            mixture_key=named_key("mixture", *where),
+            mixture=bound,
+            mixture_key=mixture_key,
             plans=indices,
             used=np.array([self._used.get(p, 0) for p in indices.tolist()], np.int64),
             pool=pool,
@@ -267,8 +173,8 @@ class Planner:
                 if n
             }
             mixture = scaled_mixture(data.mixture, factors)
-            plans = {d: self._bucket_plan(d, data, decomposed[d], b) for d in mixture.domains}
-            buckets[b] = self._bucket(data, mixture, plans, int(counts[b]), b)
+            plan_fn = functools.partial(self._bucket_plan, data, decomposed, b)
+            buckets[b] = self._bucket(data, mixture, plan_fn, int(counts[b]), b)
         return buckets, schedule
 
     # ---- plans -------------------------------------------------------------------------------
@@ -294,16 +200,27 @@ class Planner:
         """Transitions of the domain's documents."""
         return np.maximum(np.asarray(self._stores[domain].lengths, np.int64) - 1, 0)
 
-    def _plan(self, domain: str, data: StageData) -> int:
-        """The plan of a domain's whole store under a stage's settings."""
-        name = self._plan_name(domain, data)
+    def _plan(self, data: StageData, domain: str, count: int) -> int:
+        """The plan of a domain's store, or of a part of it, of which a stage takes `count` rows."""
+        name, part = self._plan_name(domain, data), data.mixture.subsets.get(domain)
+        if part is not None:
+            name += part.name(count)
 
         def build() -> Layout:
-            order = self._order(domain, data)
+            order, length = self._order(domain, data), data.content_length
             lengths = self._lengths(domain)
-            return pack(lengths, data.content_length, method=data.packing, order_N=order)
+            if part is not None:
+                lengths = self._part_lengths(part, domain, lengths, length, count)
+            layout = pack(lengths, length, method=data.packing, order_N=order)
+            return layout if part is None else part.cut(layout, count)
 
         return self._register(name, domain, lambda: self._cached(name, domain, build))
+
+    def _part_lengths(
+        self, part: Any, domain: str, lengths: np.ndarray, row_length: int, count: int
+    ) -> np.ndarray:
+        store = self._stores[domain]
+        return part.lengths(store, lengths, seed=self._seed, row_length=row_length, count=count)
 
     def _order(self, domain: str, data: StageData) -> np.ndarray | None:
         """The order of a domain's documents; None: as they are stored."""
@@ -316,14 +233,22 @@ class Planner:
 
     # ---- decomposition -----------------------------------------------------------------------
 
-    def _bucket_name(self, domain: str, data: StageData, log2: int) -> tuple[Any, ...]:
+    def _bucket_kind(self, domain: str, data: StageData, log2: int) -> tuple[Any, ...]:
         d = data.decomposition
         assert d is not None
         return ("bucket", self._seed, domain, d.min_log2, d.max_log2, d.tails, log2)
 
+    def _bucket_name(self, domain: str, data: StageData, log2: int) -> tuple[Any, ...]:
+        name = self._bucket_kind(domain, data, log2)
+        part = data.mixture.subsets.get(domain)
+        return name if part is None else (*name, *part.name(0))
+
     def _decomposed(self, domain: str, data: StageData) -> DecompositionLayout:
         """A domain's whole store in buckets."""
         lengths = self._lengths(domain)
+        part = data.mixture.subsets.get(domain)
+        if part is not None:
+            lengths = self._part_lengths(part, domain, lengths, data.sequence_length, 0)
         return self._in_buckets(
             lengths, domain, data, lambda log2: self._bucket_name(domain, data, log2)
         )
@@ -356,17 +281,22 @@ class Planner:
             return map_fn(built[0].layouts[b])
 
         layouts = [
-            self._cached(name_fn(log2), domain, lambda b=log2 - d.min_log2: build(b))
+            self._cached(name_fn(log2), domain, functools.partial(build, log2 - d.min_log2))
             for log2 in range(d.min_log2, d.max_log2 + 1)
         ]
         return DecompositionLayout(tuple(layouts), int(lengths.sum()))
 
     def _bucket_plan(
-        self, domain: str, data: StageData, decomposed: DecompositionLayout, bucket: int
+        self,
+        data: StageData,
+        decomposed: Mapping[str, DecompositionLayout],
+        bucket: int,
+        domain: str,
+        count: int,
     ) -> int:
         assert data.decomposition is not None
         name = self._bucket_name(domain, data, data.decomposition.min_log2 + bucket)
-        return self._register(name, domain, lambda: decomposed.layouts[bucket])
+        return self._register(name, domain, lambda: decomposed[domain].layouts[bucket])
 
     # ---- replay ------------------------------------------------------------------------------
 
@@ -379,7 +309,12 @@ class Planner:
         rows: list[Used] = []  # `plan` is an index into self.plans
         for d, read in sorted(by_domain.items()):
             same = self._same_rows(self._domains[d], data)
-            if {used.plan for used in read} <= set(same):
+            used_plans = {used.plan for used in read}
+            # Two parts of a domain may overlap: each row is one row of what was seen together.
+            apart = data.replay.buffer.by_stage or len({same.get(p) for p in used_plans}) == len(
+                used_plans
+            )
+            if used_plans <= set(same) and apart:
                 # The very rows that were used: the first ones in the plan's own order of use.
                 rows += [used for used in read if same[used.plan] == bucket]
             else:
@@ -405,9 +340,10 @@ class Planner:
         """How the stages read their rows, where all of them are among the plans of `place`."""
         reading: dict[int, ReadFn] = {}
         for stage, bucket in self._read:
+            counts = bucket.counts_before(bucket.num_steps).tolist()
             plans = bucket.plans.tolist()
-            if all(p in place for p in plans):
-                reading[stage] = bucket.reads([place[p] for p in plans])
+            if all(p in place for p, count in zip(plans, counts, strict=True) if count):
+                reading[stage] = bucket.reads([place.get(p, 0) for p in plans])
         return reading
 
     @staticmethod
@@ -421,14 +357,20 @@ class Planner:
 
     def _same_rows(self, domain: str, data: StageData) -> dict[int, int | None]:
         """The plans of this stage's own kind of rows that were made before, and their buckets."""
-        names: dict[tuple[Any, ...], int | None] = {self._plan_name(domain, data): None}
+        kinds: dict[tuple[Any, ...], int | None] = {self._plan_name(domain, data): None}
         if data.decomposition is not None:
             first, last = data.decomposition.min_log2, data.decomposition.max_log2
-            names = {
-                self._bucket_name(domain, data, log2): log2 - first
+            kinds = {
+                self._bucket_kind(domain, data, log2): log2 - first
                 for log2 in range(first, last + 1)
             }
-        return {self._index[name]: b for name, b in names.items() if name in self._index}
+        # A part of the domain has the kind's name and its own behind it.
+        return {
+            index: b
+            for name, index in self._index.items()
+            for kind, b in kinds.items()
+            if name[: len(kind)] == kind
+        }
 
     def _slices(self, read: Sequence[Used]) -> list[Slices]:
         return [shown(self.plans[plan], first, count) for _, plan, first, count in _merged(read)]
@@ -454,25 +396,29 @@ class Planner:
         """What a domain has shown in other rows, in rows of this stage's; none may be so long."""
         if bucket is None:
             return [self._packed(domain, group, data, None) for group in groups]
+        again = [self._decomposed_again(domain, group, data, bucket) for group in groups]
+        return [used for used in again if used is not None]
+
+    def _decomposed_again(
+        self, domain: str, read: Sequence[Used], data: StageData, bucket: int
+    ) -> Used | None:
+        """What a domain has shown, cut into buckets: the rows of one; None: there are none."""
         d = data.decomposition
         assert d is not None
-        again = []
-        for group in groups:
-            about = ("repacked", self._sources(group), d.min_log2, d.max_log2, d.tails)
-            pieces = union(self._slices(group))
-            decomposed = self._in_buckets(
-                pieces.length,
-                domain,
-                data,
-                lambda log2, about=about: (*about, log2),
-                lambda layout, pieces=pieces: _on_pieces(layout, pieces),
-            )
-            layout = decomposed.layouts[bucket]
-            if layout.num_rows:
-                name = (*about, d.min_log2 + bucket)
-                plan = self._register(name, domain, lambda layout=layout: layout)
-                again.append(self._whole(group, plan))
-        return again
+        about = ("repacked", self._sources(read), d.min_log2, d.max_log2, d.tails)
+        pieces = union(self._slices(read))
+        decomposed = self._in_buckets(
+            pieces.length,
+            domain,
+            data,
+            lambda log2: (*about, log2),
+            lambda layout: _on_pieces(layout, pieces),
+        )
+        layout = decomposed.layouts[bucket]
+        if not layout.num_rows:
+            return None
+        plan = self._register((*about, d.min_log2 + bucket), domain, lambda: layout)
+        return self._whole(read, plan)
 
     def _packed(
         self, domain: str, read: Sequence[Used], data: StageData, bucket: int | None

@@ -132,6 +132,12 @@ class StageData:
                     "full; leave one of the two out"
                 )
         scaled_mixture(self.mixture, dict.fromkeys(self.mixture.domains, 1.0))
+        for domain, part in self.mixture.subsets.items():
+            if part.epochs is not None:
+                raise ValueError(
+                    f"subset of {domain!r} is sized by epochs={part.epochs}, but a decomposition's "
+                    "rows have several lengths; give its size in tokens"
+                )
 
     @property
     def content_length(self) -> int:
@@ -152,8 +158,8 @@ class StageData:
         """Return everything that decides the batches, as plain values to be hashed."""
         mixture, replay, order = self.mixture, self.replay, self.order
         constant = type(mixture) is Mixture
-        settings = mixture.settings() if constant else {"mixture": named_settings(mixture)}
-        settings |= {
+        settings: dict[str, Any] = {
+            **(mixture.settings() if constant else {"mixture": named_settings(mixture)}),
             "sequence_length": self.sequence_length,
             "batch_size": self.batch_size,
             "packing": self.packing,
@@ -195,8 +201,9 @@ def scaled_mixture(mixture: AnyMixture, factors: Mapping[str, float]) -> AnyMixt
         >>> scaled_mixture(Mixture({"a": 1, "b": 1}), {"a": 0.5, "b": 0.25}).weights
         {'a': 0.5, 'b': 0.25}
     """
-    if callable(getattr(mixture, "scaled", None)):
-        return mixture.scaled(factors)
+    scaled_fn = getattr(mixture, "scaled", None)
+    if scaled_fn is not None:
+        return scaled_fn(factors)
     if type(mixture) is not Mixture:
         raise ValueError(
             f"decomposition needs a mixture whose weights can be scaled bucket by bucket, not "

@@ -36,7 +36,8 @@ import numpy as np
 from lcl.data.batch import Batch, gather_rows, layout_group
 from lcl.data.fingerprints import fingerprint
 from lcl.data.ordering import named_key
-from lcl.data.planner import Bucket, PlannedStage, Planner
+from lcl.data.planned import Bucket, PlannedStage
+from lcl.data.planner import Planner
 from lcl.data.plans import Plan, rows_at
 from lcl.data.stage_data import StageData
 
@@ -126,6 +127,30 @@ class Stream:
         """Return the first step of the stage that has each of its shapes."""
         stage = self._stages[stage_index]
         return {shape: stage.start + step for shape, step in stage.first_steps().items()}
+
+    def buckets(self, stage_index: int) -> list[dict[str, Any]]:
+        """Say of a decomposed stage, for each row length, how many steps read it.
+
+        Returns:
+            [{"row_length", "batch_rows", "num_steps", "fill": share of the cells that hold a
+            token}], shortest rows first; [] without decomposition.
+        """
+        stage = self._stages[stage_index]
+        if stage.schedule is None:
+            return []
+        table = []
+        for bucket in stage.buckets.values():
+            layouts = [self._plans[p].layout for p in bucket.plans.tolist()]
+            cells = sum(layout.num_rows * layout.row_length for layout in layouts)
+            table.append(
+                {
+                    "row_length": bucket.row_length,
+                    "batch_rows": bucket.batch_rows,
+                    "num_steps": bucket.num_steps,
+                    "fill": round(sum(layout.num_tokens for layout in layouts) / cells, 6),
+                }
+            )
+        return table
 
     def shares(self, stage_index: int) -> dict[str, float]:
         """Return each domain's share of the new rows' cells of a stage, exact, by name."""

@@ -41,7 +41,7 @@ def main() -> None:
         run = assemble(**settings)
         span = run.spans[0]
         train_step = run.train_step(span)
-        placed = [run.put(run.stream.batch(step), span) for step in range(arguments.steps)]
+        placed = [run.put(run.stream.batch(step), step) for step in range(arguments.steps)]
 
         def bare(state):
             begin = time.perf_counter(), time.process_time()
@@ -53,14 +53,14 @@ def main() -> None:
         writer = MetricsWriter(base / "run", None, tensorboard=True)
         bar = Progress(run.num_steps, enabled=False)
         recorder = Recorder(writer, bar, domains=run.stream.domains, describe_rows=str)
-        batches = run.batches(start=0)
+        batches = run.placed_batches(start=0)
         done = 0
 
         def whole(state):
             nonlocal done
             begin = time.perf_counter(), time.process_time()
             for _ in range(arguments.steps):
-                state, metrics = train_step(state, run.put(next(batches), span))
+                state, metrics = train_step(state, next(batches))
                 recorder.add(done, span, metrics)
                 done += 1
                 if done % 10 == 0:

@@ -1,7 +1,7 @@
-"""The command line: `lcl prepare | data | train | evaluate | report | info`. Thin; the work is elsewhere.
+"""The command line: `lcl prepare | data | train | evaluate | report | info`.
 
-A mistake of the user's is one line on stderr and exit code 2. Nothing heavy is imported before a
-command has been recognised, so `lcl --help` answers at once.
+Thin; the work is elsewhere. A mistake of the user's is one line on stderr and exit code 2. Nothing
+heavy is imported before a command has been recognised, so `lcl --help` answers at once.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
         return 0
     from lcl.data import dedup, filters
 
-    sources = {
+    sources: dict[str, Any] = {
         name: _pairs(f"--{option}", getattr(arguments, option))
         for option, name in {
             "folder": "folders",
@@ -265,9 +265,8 @@ def _show(root: str) -> None:
     print(prepare.show(root))
     if Data(root).domains():
         report = data_read.read_root(Data(root), samples=False)
-        print(
-            f"\n{data_text.layouts_text(report)}\n\nmore, with pictures: lcl data report --root {root}"
-        )
+        print(f"\n{data_text.layouts_text(report)}")
+        print(f"\nmore, with pictures: lcl data report --root {root}")
 
 
 def _data(arguments: argparse.Namespace) -> int:

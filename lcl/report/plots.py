@@ -169,7 +169,7 @@ def draw_comparison(runs: Sequence[Run], theme: Theme, unit: str, narrow: bool =
 
 def draw_matrix(matrix: LossMatrix, theme: Theme, title: str = "") -> Figure:
     """The loss matrix as a heat map; each column has its own scale, since domains differ."""
-    plt = _pyplot()
+    plt = pyplot()
     rows, columns = matrix.values.shape
     figure = plt.figure(
         figsize=(1.7 + 1.05 * columns, 0.9 + 0.42 * rows), layout="constrained", dpi=150
@@ -181,7 +181,7 @@ def draw_matrix(matrix: LossMatrix, theme: Theme, title: str = "") -> Figure:
 
 def draw_summary(runs: Sequence[Run], theme: Theme = LIGHT) -> Figure:
     """One picture of it all: held-out curves above, loss matrices below; for a README or a talk."""
-    plt = _pyplot()
+    plt = pyplot()
     runs = list(runs)[:2]
     unit = common_unit(runs)
     figure = plt.figure(figsize=(10.4, 6.4), layout="constrained", dpi=100)
@@ -223,7 +223,7 @@ def save(figure: Figure, path: Any) -> None:
 
     drawn = io.BytesIO()
     figure.savefig(drawn, facecolor=figure.get_facecolor(), format="png")
-    _pyplot().close(figure)
+    pyplot().close(figure)
     image = Image.open(drawn).convert("RGB").quantize(160, dither=Image.Dither.NONE)
     image.save(path, format="png", optimize=True)
 
@@ -243,7 +243,8 @@ def _all_domains(runs: Sequence[Run]) -> list[str]:
     return list(dict.fromkeys(d for run in runs for d in run.domains))
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib.pyplot, imported now, on a backend without a window."""
     import matplotlib
 
     # A report needs no window. A notebook, which has chosen its backend already, keeps it.
@@ -264,7 +265,7 @@ def _figure(
     theme: Theme, panels: int, *, columns: int = 1, cells: int | None = None, narrow: bool = False
 ) -> tuple[Figure, list[Axes]]:
     """An empty figure: `panels` above one another, or a grid of `cells` in `columns`."""
-    plt = _pyplot()
+    plt = pyplot()
     width, dpi = (4.3, 200) if narrow else (9.2, 150)
     ratios: dict[str, Any] = {"height_ratios": (3.1, 1)} if cells is None and panels == 2 else {}
     if cells is not None:

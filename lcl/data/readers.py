@@ -322,21 +322,8 @@ def arrayrecord_documents(
         builder = tfds.builder_from_directory(path)
         yield from _data_source_documents(builder, path, split, ledger, field, meter)
         return
-    from array_record.python import array_record_module
-
     for file in arrayrecord_files(path):
-        if os.path.getsize(file) == 0:
-            raise SourceError(f"{file!r} is empty; an ArrayRecord file never is: copy it again")
-        try:
-            reader = array_record_module.ArrayRecordReader(file)
-            length = reader.num_records()
-        except (ValueError, RuntimeError, OSError) as error:
-            what = " ".join(str(error).split())[:160]
-            raise SourceError(
-                f"{file!r} is no ArrayRecord file ({what}); copy it again or mend it"
-            ) from error
-        with contextlib.closing(reader):
-            yield from _json_documents(file, _records(file, reader, length, meter), ledger, field)
+        yield from _json_documents(file, _records(file, meter), ledger, field)
 
 
 def arrayrecord_files(path: str) -> list[str]:
@@ -348,19 +335,33 @@ def arrayrecord_files(path: str) -> list[str]:
     return files_of(path, (".array_record",))
 
 
-def _records(file: str, reader: Any, length: int, meter: Meter | None) -> Iterator[bytes]:
-    before = meter.done if meter is not None else 0
-    size = os.path.getsize(file)
+def _records(file: str, meter: Meter | None) -> Iterator[bytes]:
+    from array_record.python import array_record_module
+
+    before, size = meter.done if meter is not None else 0, os.path.getsize(file)
+    with _says_torn(file):
+        reader = array_record_module.ArrayRecordReader(file)
+        length = reader.num_records()
     for start in range(0, length, _READ_AT_ONCE):
         stop = min(start + _READ_AT_ONCE, length)
-        try:
+        with _says_torn(file):
             records = reader.read(list(range(start, stop)))
-        except (ValueError, RuntimeError, IndexError, OSError) as error:
-            what = " ".join(str(error).split())[:160]
-            raise SourceError(f"{file!r} is torn ({what}); copy it again") from error
         if meter is not None:
             meter.done = before + size * stop // length
         yield from records
+    with _says_torn(file):
+        reader.close()  # Only here does it say that the file had no end.
+
+
+@contextlib.contextmanager
+def _says_torn(file: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, RuntimeError, IndexError, OSError) as error:
+        what = " ".join(str(error).split())[:160]
+        raise SourceError(
+            f"{file!r} is torn, or no ArrayRecord file ({what}); copy it again"
+        ) from error
 
 
 def tfds_builder(name: str) -> Any:

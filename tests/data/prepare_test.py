@@ -356,3 +356,22 @@ def one_line(call, *words: str) -> None:
     assert "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_everything_from_the_command_line(folder, tmp_path, capsys):
+    from lcl import main
+
+    lines = tmp_path / "x.jsonl"
+    lines.write_text("".join(json.dumps({"body": f"number {i} " * 9}) + "\n" for i in range(20)))
+    words = ["prepare", "--root", str(tmp_path / "r"), "--jsonl", f"a={lines}"]
+    words += ["--text_field", "body", "--filter", "length:5:5000", "--filter", "script:Latin"]
+    words += ["--near_duplicates", "embedding:0.999", "--max_document_tokens", "60"]
+    assert main.main([*words, "--processes", "1", "--heldout_fraction", "0.2"]) == 0
+    out = capsys.readouterr().out
+    assert "tokens: read" in out and "20 truncated" in out
+    assert main.main(words[:-2] + ["--filter", "lenght:3"]) == 2
+    assert main.main([*words, "--module", "no_such_module_of_ours"]) == 2
+    assert main.main(["prepare", "--root", str(tmp_path / "r")]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 3 and "'lenght'" in err[0] and "no_such_module_of_ours" in err[1]
+    assert "--parquet" in err[2]

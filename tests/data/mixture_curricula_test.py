@@ -176,6 +176,15 @@ def test_rounding_any_lines_at_all_keeps_within_a_row(raw, block):
     assert (np.array(low) <= table).all() and (table <= np.array(high)).all()
 
 
+def test_rows_go_to_those_that_will_need_one_soonest():
+    """Five domains at 0.6, three rows to give: d and e must have two, since they are due next."""
+    low = [[0] * 5, [0] * 5, [0, 0, 0, 2, 2]]
+    high = [[0] * 5, [1] * 5, [1, 1, 1, 3, 3]]  # the lines end at 0.6 and 2.1
+    table = _round_lines([0, 3, 6], low, high)
+    assert table[1].tolist() == [1, 0, 0, 1, 1]
+    assert table[2].sum() == 6 and table[2, 3:].tolist() in ([2, 2], [2, 3], [3, 2])
+
+
 def test_a_long_stage_is_a_small_table():
     mixture = LinearMixture(({"a": 0.37, "b": 0.6, "c": 0.03}, {"b": 0.3, "c": 0.333, "d": 1.7}))
     bound = mixture.bind(10**7)

@@ -76,11 +76,12 @@ def test_the_part_is_the_head_of_the_ranking(lengths, data):
 
 
 def test_cut_leaves_the_fullest_rows_and_no_other():
-    layout = pack(np.array([8, 3, 7, 8, 2, 6]), 8, method="concat")
+    layout = pack(np.array([5, 16, 6, 8]), 8)  # the rows that are not full come first
     part = subset(epochs=2)
     cut = part.cut(layout, 6)
     assert layout.num_rows == 5 and cut.num_rows == 3
-    assert sorted(cut.tokens_in(np.arange(3)).tolist()) == [8, 8, 8]
+    assert cut.tokens_in(np.arange(3)).tolist() == [8, 8, 8]
+    assert sorted(cut.document.tolist()) == [1, 1, 3]
     assert part.cut(layout, 10) is layout
     with pytest.raises(ValueError, match="needs 6 rows, but its documents make 5"):
         part.cut(layout, 12)

@@ -134,6 +134,8 @@ def test_pose_draws_what_the_released_code_draws():
     assert uniform(np.bincount(cut)[1:], 0.85, 1.15) and uniform(np.bincount(jump), 0.75, 1.25)
     for c in range(1, 6):
         assert abs(jump[jump > 0][cut == c].mean() - 11) < 0.8
+    even = PoSE(300)(batch_of([[8]] * 200, length=8), **CALL, places_B=np.arange(200)).positions
+    assert set(np.argmax(np.diff(even, axis=1) > 1, axis=1) + 1) == {1, 2, 3, 4}
     # A position jumps once, and the text behind the cut runs on.
     assert (positions[np.arange(4000), -1] - positions[:, -4] == 3).all()
 

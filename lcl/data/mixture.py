@@ -27,7 +27,7 @@ import dataclasses
 import functools
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any, Protocol
 
@@ -194,8 +194,7 @@ class Mixture(AnyMixture):
         block, place = np.divmod(np.asarray(k, np.int64), self.block)
         domain = np.empty(place.shape, np.int64)
         occurrence = np.empty(place.shape, np.int64)
-        for b in set(block.tolist()):  # one or two in a batch
-            here = block == b
+        for b, here in by_block(block):
             table, rank = block_tables(tuple(self.counts.tolist()), key, b)
             domain[here] = table[place[here]]
             occurrence[here] = rank[place[here]] + b * self.counts[domain[here]]
@@ -206,6 +205,16 @@ class Mixture(AnyMixture):
         block, place = divmod(int(k), self.block)
         table, _ = block_tables(tuple(self.counts.tolist()), key, block)
         return block * self.counts + np.bincount(table[:place], minlength=len(self.counts))
+
+
+def by_block(block: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Go through the blocks that rows are in, each with the places of its rows in `block`.
+
+    A batch is in one or two; a reservoir's reads are in as many as a stage has.
+    """
+    order = np.argsort(block, kind="stable")
+    blocks, first = np.unique(block[order], return_index=True)
+    yield from zip(blocks.tolist(), np.split(order, first)[1:], strict=True)
 
 
 @functools.lru_cache(maxsize=128)

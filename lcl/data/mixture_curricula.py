@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lcl.data.mixture import AnyMixture, block_tables, check_weights
+from lcl.data.mixture import AnyMixture, block_tables, by_block, check_weights
 
 _MAX_BLOCKS = 1 << 20
 
@@ -90,8 +90,7 @@ class BlockMixture:
         block = self._block_of(k)
         place = k - self.borders[block]
         domain, occurrence = np.empty_like(k), np.empty_like(k)
-        for b in np.unique(block).tolist():  # one or two in a batch
-            here = block == b
+        for b, here in by_block(block):
             table, rank = block_tables(self._counts(b), key, b)
             domain[here] = table[place[here]]
             occurrence[here] = rank[place[here]] + self.cumulative[b][domain[here]]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 
+from lcl.data.decomposition import Decomposition
 from lcl.data.mixture import Mixture
 from lcl.data.mixture_curricula import LinearMixture, StagedMixture, TokenBudgets
 from lcl.data.mixture_subset import Subset
@@ -185,3 +187,38 @@ def test_other_rows_are_laid_out_again_and_only_what_was_seen(data, buffer):
     assert np.sum([stream.ledger(24)[d]["replayed_tokens"] for d in stream.domains]) == sum(
         len(cells(row)) for row in replayed
     )
+
+
+@pytest.mark.parametrize(
+    ("mixture", "buffer"),
+    [
+        ("constant", "contiguous"),
+        ("linear", "everything"),
+        ("staged", "balanced"),
+        ("subset by tokens", "reservoir"),
+    ],
+)
+def test_with_decomposition_too(data, mixture, buffer):
+    """Each bucket has the mixture in its own rows, and a buffer of its own."""
+    decomposition = Decomposition(min_log2=4, max_log2=5, cycles=2)
+    stages = [
+        (name, dataclasses.replace(stage, decomposition=decomposition), steps)
+        for name, stage, steps in stages_of(MIXTURES[mixture], BUFFERS[buffer])
+    ]
+    stream = build_stream(data, stages, seed=1)
+    seen, new, replayed = set(), collections.Counter(), collections.Counter()
+    for begin, end in ((0, 7), (7, 15), (15, 23)):
+        rows = [row for t in range(begin, end) for row in stream.rows(t)]
+        for row in rows:
+            (replayed if row.replay else new)[row.domain] += len(cells(row))
+        assert {(r.domain, c) for r in rows if r.replay for c in cells(r)} <= seen
+        seen |= {(r.domain, c) for r in rows if not r.replay for c in cells(r)}
+    for domain, line in stream.ledger(23).items():
+        assert line["new_tokens"] == new[domain] and line["replayed_tokens"] == replayed[domain]
+    resumed = build_stream(data, stages, seed=1)
+    assert all(resumed.rows(t) == stream.rows(t) for t in (22, 8, 15, 3))
+
+
+def test_epochs_do_not_size_a_decomposed_subset():
+    with pytest.raises(ValueError, match="sized by epochs=4, .* give its size in tokens"):
+        StageData(MIXTURES["subset"], T, BATCH, decomposition=Decomposition(4, 5))

@@ -160,6 +160,7 @@ class _Builder:
         self.first_group: tuple[int, str] | None = None
         # Without these, what is kept is known when it is read: a limit then ends the reading.
         self.known_when_read = not work.filters and near is None
+        self.limited = min(limits.values()) < float("inf")
         self.fit = dict.fromkeys(SPLITS, 0)
         self.bar: ProgressBar
 
@@ -215,7 +216,7 @@ class _Builder:
         given = judge(documents())
         for judged in given:
             split = splits.pop()
-            if self.known_when_read and judged.reason is None:
+            if self.limited and self.known_when_read and judged.reason is None:
                 side = self._side(split, judged.document)
                 if self.fit[side] >= self.limits[side]:
                     self.opened.ledger.drop(OVER_LIMIT)
@@ -424,7 +425,7 @@ class _Builder:
         group = document.group or document.name
         if len(self.groups) < 2:
             self.groups.add(group)
-        if min(self.fit.values()) and self.known_when_read:
+        if all(writer.num_documents for writer in self.writers.values()):
             return  # Both sides have documents: it will not be asked for.
         place = stable_hash("split", self.domain.split["seed"], group), group
         if self.first_group is None or place < self.first_group:

@@ -161,7 +161,7 @@ def _json_documents(
     fields: set[str] = set()
     good = bad = 0
     for number, line in enumerate(records, start=1):
-        if not line.strip():
+        if not line or line.isspace():
             continue
         bad += 1
         try:

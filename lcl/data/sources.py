@@ -256,10 +256,11 @@ def judge(documents: Iterable[Document], *, min_characters: int = 1) -> Iterator
         if b"\0" in data:
             yield Judged(document, data, "null bytes (not text)")
             continue
-        length = len(document.text.strip())
-        if length < max(1, min_characters):
-            short = f"shorter than {min_characters} characters" if length else "empty"
-            yield Judged(document, data, short)
+        if not data or document.text.isspace():
+            yield Judged(document, data, "empty")
+            continue
+        if min_characters > 1 and len(document.text.strip()) < min_characters:
+            yield Judged(document, data, f"shorter than {min_characters} characters")
             continue
         digest = hashlib.blake2b(data, digest_size=16).digest()
         if digest in seen:

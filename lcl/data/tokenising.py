@@ -22,7 +22,7 @@ import queue
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple
 
@@ -98,23 +98,21 @@ class Encoded(NamedTuple):
     signatures: np.ndarray | None
 
 
-def pieces(text: str) -> Sequence[str]:
+def pieces(text: str) -> Iterator[str]:
     r"""Cuts a very long text where a line begins with a letter: there, tokens do not cross.
 
     "one\n two\nthree"  ->  "one\n two\n" | "three"        (had it been a million characters)
     """
-    if len(text) <= CHUNK_CHARACTERS:
-        return (text,)
-    found, start = [], 0
+    start = 0
     while len(text) - start > CHUNK_CHARACTERS:
         end = start + CHUNK_CHARACTERS
         cut = text.rfind("\n", start, end)
         while cut > start and text[cut + 1 : cut + 2].isspace():
             cut = text.rfind("\n", start, cut)
         cut = cut + 1 if cut > start else end
-        found.append(text[start:cut])
+        yield text[start:cut]
         start = cut
-    return [*found, text[start:]]
+    yield text[start:] if start else text
 
 
 def encode_pieces(tokenizer: Tokenizer, text: str) -> Iterator[np.ndarray]:

@@ -239,7 +239,7 @@ def test_a_document_of_200_megabytes_needs_a_few_times_its_size_and_no_more(tmp_
     done = subprocess.run(
         # Its line, its text, its UTF-8, and a little more; as int32 tokens alone it were 800 MB.
         [sys.executable, "-c", GIANT, "jsonl", *map(str, (tmp_path / "x.jsonl", tmp_path / "r"))]
-        + ["900000"],
+        + ["1000000"],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,

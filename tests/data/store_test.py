@@ -148,7 +148,7 @@ def test_long_texts_are_cut_without_loss(text, chunk):
     before = tokenising.CHUNK_CHARACTERS
     tokenising.CHUNK_CHARACTERS = chunk
     try:
-        pieces = tokenising.pieces(text)
+        pieces = list(tokenising.pieces(text))
     finally:
         tokenising.CHUNK_CHARACTERS = before
     assert "".join(pieces) == text

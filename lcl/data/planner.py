@@ -149,6 +149,12 @@ class Planner:
         # cells[b, d] of domain d are in bucket b.
         cells = np.array([decomposed[d].cells for d in data.mixture.domains]).T
         sums = cells.sum(axis=0).tolist()
+        if 0 in sums:
+            raise ValueError(
+                f"{data.mixture.domains[sums.index(0)]!r} has no document of "
+                f"{2**decomposition.min_log2} transitions, and tails='drop' drops the rest; lower "
+                "min_log2 or use tails='pad'"
+            )
         weights = mean_shares(data.mixture, num_steps * data.batch_size, data.sequence_length)
         # In integers, so that a tie falls alike on every machine.
         whole = [round(w * 2**40) for w in weights.tolist()]
@@ -182,9 +188,14 @@ class Planner:
     def _register(self, name: tuple[Any, ...], domain: str, layout_fn: Callable[[], Layout]) -> int:
         """Return the index of the plan called `name`, made if it is new."""
         if name not in self._index:
+            layout = layout_fn()
+            if not layout.num_rows:
+                raise ValueError(
+                    f"{domain!r} has no row to train on: its subset or its order leaves all "
+                    "documents out; enlarge the subset or use another order"
+                )
             self._index[name] = len(self.plans)
-            store = self._stores[domain]
-            self.plans.append(Plan(name, self._domains.index(domain), store, layout_fn()))
+            self.plans.append(Plan(name, self._domains.index(domain), self._stores[domain], layout))
         return self._index[name]
 
     def _cached(self, name: tuple[Any, ...], domain: str, build_fn: Callable[[], Layout]) -> Layout:

@@ -10,6 +10,8 @@ from lcl import config
 
 BASE = "configs/runs/quickstart.gin"
 OVERLAYS = [
+    "configs/data/decomposition.gin",
+    "configs/data/in_context.gin",
     "configs/data/mixture_linear.gin",
     "configs/data/mixture_staged.gin",
     "configs/data/subset_epochs.gin",

@@ -152,11 +152,14 @@ def gather_rows(
 ) -> Batch:
     """Copy the tokens of a batch's rows out of the stores.
 
-    One fancy index a store for all its rows at once: the cost does not depend on how many documents
-    there are, and no Python runs per token or per document.
+    One gather a store for all its rows at once: no Python runs per token or per document. A row's
+    slices and its padding are runs that fill it, so all arrays are made flat, and are whole rows.
 
-        group 0 (store a): rows 0, 2      gathered    a a a | a a a | b b b    one row after another
-        group 1 (store b): row 1          reordered   a a a | b b b | a a a    to their places
+        row         document 7         document 4   padding
+        runs        [5 tokens         ][3          ][4        ]
+        segments     1  1  1  1  1      2  2  2      0  0  0  0
+        positions    0  1  2  3  4      0  1  2      0  0  0  0
+        source      70 71 72 73 74     40 41 42      (any)           places in the store's tokens
 
     Args:
         groups: the rows, by store; together their `rows` are 0 .. num_rows - 1, each once. Rows
@@ -176,73 +179,81 @@ def gather_rows(
         return Batch(none[0], none[1], none[2], none[3], weights, none[4])
     # From here on "row" counts gathered rows: group after group.
     bases = np.cumsum([0] + [len(group.rows) for group in groups])
+    num_gathered = int(bases[-1])
     row_S = np.concatenate([g.slices.row + base for g, base in zip(groups, bases, strict=False)])
     length_S = np.concatenate([g.slices.length for g in groups]).astype(np.int64)
-    begin_S = np.cumsum(length_S) - length_S
-    total = int(length_S.sum())
-    slices_b = np.bincount(row_S, minlength=bases[-1])
-    first_b = np.cumsum(slices_b) - slices_b  # the first slice of each row
+    slices_b = np.bincount(row_S, minlength=num_gathered)
+    last_b = np.cumsum(slices_b)
+    first_b = last_b - slices_b  # the first slice of each row
     tokens_b = np.add.reduceat(length_S, first_b)
     assert tokens_b.max() <= row_length, "a layout's row is longer than the batch's"
 
-    tokens, targets = _gather_tokens(groups, length_S, begin_S)
-    if document_mask:
-        segments = np.repeat(np.arange(1, len(row_S) + 1) - first_b[row_S], length_S)
-        positions = np.arange(total) - np.repeat(begin_S, length_S)
-    else:
-        segments = np.ones(total, np.int64)
-        positions = np.arange(total) - np.repeat(begin_S[first_b], tokens_b)
+    # Runs: where the slices are among them, and where each row's padding is.
+    run_S = np.arange(len(row_S)) + row_S
+    run_b = last_b + np.arange(num_gathered)
+    length_R = np.empty(len(row_S) + num_gathered, np.int64)
+    length_R[run_S], length_R[run_b] = length_S, row_length - tokens_b
+    begin_R = np.cumsum(length_R) - length_R
+    segment_R = np.zeros(len(length_R), np.int32)
+    segment_R[run_S] = np.arange(1, len(row_S) + 1) - first_b[row_S] if document_mask else 1
+    segments = np.repeat(segment_R, length_R)
+    real = segments != 0
 
-    filled = np.arange(row_length) < tokens_b[:, None]
-    marks = np.repeat([g.source_id for g in groups], np.diff(bases)).astype(np.int32)
-    # Which gathered row goes to each place; a place without one gets the row of padding at the end.
-    place = np.full(num_rows, bases[-1])
-    place[np.concatenate([g.rows for g in groups])] = np.arange(bases[-1])
-
-    def put(values: np.ndarray) -> np.ndarray:
-        rows = np.zeros((bases[-1] + 1, row_length), np.int32)
-        if total == bases[-1] * row_length:
-            rows[:-1] = values.reshape(-1, row_length)
-        else:
-            rows[:-1][filled] = values
-        return rows[place]
-
-    weights = np.concatenate([filled, np.zeros((1, row_length), bool)])[place]
-    return Batch(
-        put(tokens),
-        put(targets),
-        put(segments),
-        put(positions),
-        weights.astype(np.float32),
-        np.append(marks, 0)[place].astype(np.int32)[:, None] * weights,
+    cell = np.arange(num_gathered * row_length, dtype=np.int32)
+    origin_R = (
+        begin_R
+        if document_mask
+        else np.repeat(begin_R[first_b + np.arange(num_gathered)], slices_b + 1)
     )
+    positions = (cell - np.repeat(origin_R.astype(np.int32), length_R)) * real
+    tokens, targets = _gather_tokens(groups, bases * row_length, begin_R, length_R, run_S, cell)
+    marks = np.repeat([g.source_id for g in groups], np.diff(bases)).astype(np.int32)
+    made = [tokens * real, targets * real, segments, positions, real.astype(np.float32)]
+    made = [array.reshape(num_gathered, row_length) for array in made]
+    made.append(marks[:, None] * real.reshape(num_gathered, row_length))
+
+    place = np.concatenate([g.rows for g in groups])
+    if num_gathered < num_rows or (place[1:] < place[:-1]).any():
+        gathered, made = made, [np.zeros(shape, array.dtype) for array in made]
+        for array, rows in zip(made, gathered, strict=True):
+            array[place] = rows
+    return Batch(*made)
 
 
 def _gather_tokens(
-    groups: Sequence[RowGroup], length_S: np.ndarray, begin_S: np.ndarray
+    groups: Sequence[RowGroup],
+    cells_G: np.ndarray,
+    begin_R: np.ndarray,
+    length_R: np.ndarray,
+    run_S: np.ndarray,
+    cell: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Copy inputs and targets of all slices, one after the other: two int32[total].
+    """Copy inputs and targets of all rows, one after the other: two int32, anything at padding.
 
     Args:
         groups: non-empty, each with at least one slice.
-        length_S: int64[S], transitions of the slices of all groups.
-        begin_S: int64[S], where each slice begins in the result.
+        cells_G: int64[groups + 1], where each group's cells begin, and the end.
+        begin_R, length_R: int64[R], the runs.
+        run_S: int64[S], which runs are slices.
+        cell: int32, 0, 1, ...
     """
     source_S = np.concatenate([g.offsets[g.slices.document] + g.slices.start for g in groups])
-    total = int(length_S.sum())
-    source = np.arange(total) + np.repeat(source_S - begin_S, length_S)
-    tokens = np.empty(total, np.int32)
-    targets = np.empty(total, np.int32)
-    end_S = begin_S + length_S
+    shift_R = -begin_R
+    shift_R[run_S] += source_S
+    source = cell + np.repeat(shift_R, length_R)
+    tokens, targets = np.empty_like(cell), np.empty_like(cell)
+    for group, begin, end in zip(groups, cells_G[:-1], cells_G[1:], strict=True):
+        # "clip": what padding would read may lie outside a small store.
+        tokens[begin:end] = group.tokens.take(source[begin:end], mode="clip")
+    # The targets are the tokens one place on, except at the end of each slice.
+    targets[:-1] = tokens[1:]
+    end_S = (begin_R + length_R)[run_S]
     first = 0
     for group in groups:
-        chosen = slice(first, first + len(group.slices.row))
-        first = chosen.stop
-        begin, end = begin_S[chosen.start], end_S[chosen.stop - 1]
-        tokens[begin:end] = group.tokens[source[begin:end]]
-        # The targets are the tokens one place on, except at the end of each slice.
-        targets[begin : end - 1] = tokens[begin + 1 : end]
-        targets[end_S[chosen] - 1] = group.tokens[source_S[chosen] + length_S[chosen]]
+        own = slice(first, first + len(group.slices.row))
+        first = own.stop
+        last = source_S[own] + length_R[run_S[own]]
+        targets[end_S[own] - 1] = group.tokens[last]
     return tokens, targets
 
 

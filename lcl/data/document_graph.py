@@ -9,10 +9,11 @@ Documents i and j are joined if j is among i's nearest neighbours OR i among j's
                                                            3
 
     offsets   0 1   3     5 6       document i has neighbors[offsets[i] : offsets[i + 1]],
-    neighbors 1 0 2 1 3 2           their numbers ascending
-    weights  .9.9.7.7.8.8
+    neighbors 1 0 2 3 1 2           heaviest first, ties by number
+    weights  .9.9.7.8.7.8
 
-Memory: about 20 numbers for each pair in the lists while it is built, 3 for each edge afterwards.
+Sorting is by radix (16 bits at a time), so time is linear in the number of pairs; memory is about
+60 bytes for each pair in the lists.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ import numpy as np
 class Graph(NamedTuple):
     """An undirected graph without loops; every edge is stored at both its ends.
 
-    offsets: int64[N + 1]; neighbors: int64[2E], ascending within a document; weights: float[2E].
+    offsets: int64[N + 1]; neighbors: int32[2E] (int64 from 2**31 documents), of each document
+    heaviest first and ties by number; weights: float[2E].
     """
 
     offsets: np.ndarray
@@ -100,7 +102,7 @@ def union_graph(neighbors_NK: Any, similarity_NK: Any) -> Graph:
         similarity_NK: float[N, K].
 
     Returns:
-        The graph, deterministic: every document's neighbours in ascending order.
+        The graph: every document's neighbours heaviest first, ties by number.
 
     Raises:
         ValueError: see `check_neighbors`.
@@ -112,39 +114,65 @@ def union_graph(neighbors_NK: Any, similarity_NK: Any) -> Graph:
     """
     neighbors, similarity = check_neighbors(neighbors_NK, similarity_NK)
     num_documents = len(neighbors)
-    source, column = np.nonzero(
-        (neighbors >= 0) & (neighbors != np.arange(num_documents).reshape(-1, 1))
+    number = np.int32 if num_documents < 2**31 else np.int64
+    itself = np.arange(num_documents, dtype=number).reshape(-1, 1)
+    real = (neighbors >= 0) & (neighbors != itself)
+    source = np.broadcast_to(itself, neighbors.shape)[real]
+    target = neighbors[real].astype(number, copy=False)
+    weight = similarity[real]
+    low, high, weight = _unique_pairs(
+        np.minimum(source, target), np.maximum(source, target), weight
     )
-    target = neighbors[source, column].astype(np.int64)
-    weight = similarity[source, column]
-    del column
-    # One integer a pair, smaller number first, so that i -> j and j -> i are the same.
-    pair = np.minimum(source, target) * num_documents + np.maximum(source, target)
-    del source, target
-    by_pair = np.argsort(pair)
-    pair, weight = pair[by_pair], weight[by_pair]
-    del by_pair
-    first = np.flatnonzero(np.diff(pair, prepend=-1))
-    if first.size:
-        weight = np.maximum.reduceat(weight, first)
-    low, high = np.divmod(pair[first], max(num_documents, 1))
-    del pair, first
+    del source, target, real
 
-    num_low = np.bincount(low, minlength=num_documents)
-    num_high = np.bincount(high, minlength=num_documents)
-    offsets = np.concatenate([[0], np.cumsum(num_low + num_high)]).astype(np.int64)
-    out = np.empty(2 * len(low), np.int64)
-    weights = np.empty(2 * len(low), weight.dtype)
-    # A document's list: first those before it (it is `high`), then those after it (it is `low`).
-    by_high = np.argsort(high * num_documents + low)
-    place = _places(offsets[:-1], num_high)
-    out[place], weights[place] = low[by_high], weight[by_high]
-    place = _places(offsets[:-1] + num_high, num_low)
-    out[place], weights[place] = high, weight
-    return Graph(offsets, out, weights)
+    # By weight; an edge then stands at both its ends, one after the other. Sorted by the end,
+    # stably, a document's neighbours are heaviest first; of equally heavy ones those with lower
+    # numbers than its own (it is `high`) first, ascending, then those with higher ones.
+    order = _argsort(_descending(weight))
+    low, high, weight = low[order], high[order], weight[order]
+    ends, others = np.empty(2 * len(low), number), np.empty(2 * len(low), number)
+    ends[::2], ends[1::2], others[::2], others[1::2] = high, low, low, high
+    del low, high
+    order = _argsort(ends)
+    counts = np.bincount(ends, minlength=num_documents)
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    return Graph(offsets, others[order], weight[order >> 1])
 
 
-def _places(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """starts [0, 5], counts [2, 3] -> 0 1 5 6 7."""
-    before = np.cumsum(counts) - counts
-    return np.repeat(starts - before, counts) + np.arange(counts.sum())
+def _unique_pairs(
+    low: np.ndarray, high: np.ndarray, weight: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs sorted by (low, high), each once, with the largest of its weights."""
+    order = _argsort(high)
+    order = order[_argsort(low[order])]
+    low, high, weight = low[order], high[order], weight[order]
+    first = np.ones(len(low), bool)
+    first[1:] = (low[1:] != low[:-1]) | (high[1:] != high[:-1])
+    if len(low):
+        weight = np.maximum.reduceat(weight, np.flatnonzero(first))
+    return low[first], high[first], weight
+
+
+def _argsort(keys: np.ndarray) -> np.ndarray:
+    """A stable argsort of whole numbers of 0 and more, in linear time.
+
+    NumPy sorts 16-bit numbers by radix, and only those; so the lowest 16 bits first, then the next.
+    """
+    order = np.argsort(keys.astype(np.uint16), kind="stable")
+    shift = 16
+    while len(keys) and int(keys.max()) >> shift:
+        digit = (keys >> keys.dtype.type(shift)).astype(np.uint16)
+        order = order[np.argsort(digit[order], kind="stable")]
+        shift += 16
+    return order
+
+
+def _descending(weight: np.ndarray) -> np.ndarray:
+    """Unsigned numbers that rise as the weights fall: their bits, turned round."""
+    if weight.dtype not in (np.float32, np.float64):
+        weight = weight.astype(np.float64)
+    unsigned = np.uint32 if weight.dtype == np.float32 else np.uint64
+    bits = (weight + weight.dtype.type(0)).view(unsigned)  # -0.0 + 0.0 is 0.0
+    sign = unsigned(1) << unsigned(8 * weight.dtype.itemsize - 1)
+    # Negative numbers: the larger the bits, the lower the weight. Others: turn all but the sign.
+    return np.where(bits & sign, bits, bits ^ (sign - unsigned(1)))

@@ -16,8 +16,8 @@ which every document comes after one that resembles it.
 
 from __future__ import annotations
 
+import array
 import heapq
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -265,20 +265,22 @@ def jumps(order_N: Any, neighbors_NK: Any) -> np.ndarray:
 
 def _walk_static(graph: Graph) -> Path:
     """The walk in which the next start is the first unvisited of a list made beforehand."""
-    starts = iter(np.argsort(graph.degrees, kind="stable").tolist())
     remains = bytearray(b"\1") * graph.num_documents
-
-    def next_start() -> int:
-        return next(document for document in starts if remains[document])
-
-    def remove(document: int) -> int:
-        heaviest, nearest = -np.inf, -1
-        for other, weight in _edges(graph, document):
-            if remains[other] and weight > heaviest:  # ascending numbers: ties to the lowest
-                heaviest, nearest = weight, other
-        return nearest
-
-    return _walk(remains, next_start, remove)
+    starts = iter(np.argsort(graph.degrees, kind="stable").tolist())
+    path = _NewPath(graph)
+    begin, document = path.begin, -1
+    for _ in range(graph.num_documents):
+        if document < 0:
+            document = next(start for start in starts if remains[start])
+            path.jump()
+        path.order.append(document)
+        remains[document] = 0
+        document, others = -1, path.neighbors[begin[document] : begin[document + 1]]
+        for other in others:
+            if remains[other]:  # heaviest first
+                document = other
+                break
+    return path.finish()
 
 
 def _walk_residual(graph: Graph) -> Path:
@@ -286,49 +288,44 @@ def _walk_residual(graph: Graph) -> Path:
     remains = bytearray(b"\1") * graph.num_documents
     degree = graph.degrees.tolist()
     queue = _DegreeQueue(degree, remains)
-    touched = queue.touched
-
-    def remove(document: int) -> int:
-        heaviest, nearest = -np.inf, -1
-        for other, weight in _edges(graph, document):
-            if remains[other]:
-                degree[other] -= 1
-                touched.append(other)
-                if weight > heaviest:
-                    heaviest, nearest = weight, other
+    path = _NewPath(graph)
+    order, begin, neighbors, touched = path.order, path.begin, path.neighbors, queue.touched
+    document = -1
+    for _ in range(graph.num_documents):
+        if document < 0:
+            document = queue.pop()
+            path.jump()
+        order.append(document)
+        remains[document] = 0
+        span = neighbors[begin[document] : begin[document + 1]]
+        others = [other for other in span if remains[other]]
+        for other in others:
+            degree[other] -= 1
+        touched += others
         if len(touched) > _FLUSH:
             queue.flush()
-        return nearest
-
-    return _walk(remains, queue.pop, remove)
-
-
-def _walk(remains: bytearray, next_start: Callable[[], int], remove: Callable[[int], int]) -> Path:
-    """Alternate the two rules until no document remains.
-
-    Args:
-        remains: 1 for each document not yet visited.
-        next_start: gives the remaining document to begin at.
-        remove: told which document was just visited; gives its nearest remaining one, or -1.
-    """
-    order = np.empty(len(remains), np.int64)
-    starts = np.zeros(len(remains), bool)
-    nearest = -1
-    for place in range(len(remains)):
-        document = nearest
-        if document < 0:
-            document = next_start()
-            starts[place] = True
-        order[place] = document
-        remains[document] = 0
-        nearest = remove(document)
-    return Path(order, starts)
+        document = others[0] if others else -1  # heaviest first
+    return path.finish()
 
 
-def _edges(graph: Graph, document: int) -> zip[tuple[int, float]]:
-    """(neighbour, weight) as Python numbers, which a loop reads faster than NumPy's."""
-    span = slice(graph.offsets[document], graph.offsets[document + 1])
-    return zip(graph.neighbors[span].tolist(), graph.weights[span].tolist(), strict=True)
+class _NewPath:
+    """A path under way, in plain lists and an `array`: a loop reads them faster than NumPy's."""
+
+    def __init__(self, graph: Graph):
+        self.order: list[int] = []
+        self.begin: list[int] = graph.offsets.tolist()
+        self.neighbors = array.array(graph.neighbors.dtype.char, graph.neighbors.tobytes())
+        self._num_documents = graph.num_documents
+        self._starts: list[int] = []
+
+    def jump(self) -> None:
+        """Note that the next document begins the walk anew."""
+        self._starts.append(len(self.order))
+
+    def finish(self) -> Path:
+        starts = np.zeros(self._num_documents, bool)
+        starts[self._starts] = True
+        return Path(np.array(self.order, np.int64), starts)
 
 
 _FLUSH = 4096  # touched documents that are sorted into the queue at once

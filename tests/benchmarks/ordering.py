@@ -1,6 +1,6 @@
 """Orders of documents by likeness: what they cost and what they bring, on text and on clusters.
 
-    text        every section of the prepared corpora (pages cut at paragraphs, some 800 characters
+    text        every section of the prepared corpora (pages cut at paragraphs, some 700 characters
                 each) is a document; its page is its topic. The corpora are prepared by this script,
                 from the distribution's packages. Vectors: hashed TF-IDF. Neighbours: exact.
     clusters    Gaussian topics of some 60 documents in 64 dimensions, noise 0.9, at several sizes.
@@ -231,15 +231,15 @@ def compare(title: str, folder: pathlib.Path, index: str, topics: dict[str, np.n
     return {"index": index, "orders": rows, "ratios": ratios}
 
 
-def sections(root: pathlib.Path, target: int = 800) -> tuple[pathlib.Path, dict[str, np.ndarray]]:
+def sections(root: pathlib.Path, target: int = 700) -> tuple[pathlib.Path, dict[str, np.ndarray]]:
     """A store whose documents are sections of pages, and which page and corpus each is from."""
     from lcl.data import Data, StoreWriter
     from lcl.data.prepare import prepare
     from lcl.data.tokenizers import ByteTokenizer
 
-    data_root, path = root / "stores", root / "sections" / "train"
+    data_root, path = root / "stores", root / f"sections-{target}" / "train"
     prepare(CORPORA, root=str(data_root), log=lambda line: print(line, file=sys.stderr))
-    labels_path = root / "sections.npy"
+    labels_path = root / f"sections-{target}.npy"
     data = Data(str(data_root))
     if not (path.exists() and labels_path.exists()):
         labels, page = [], 0

@@ -226,16 +226,20 @@ def batches(bench: Bench) -> None:
         "streaming": ("",),
         "datasets": ("arrow", "numpy"),
     }
-    written = work / f"written-{documents}-{settings['batches']}"
-    if not written.exists():
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        print(f"writing the corpus and its copies under {work}", file=sys.stderr)
+    work.mkdir(parents=True, exist_ok=True)
+    name = f"{documents}-{settings['batches']}"
+    if not (work / f"written-{name}").exists():
+        print(f"writing the corpus under {work}", file=sys.stderr)
+        for mark in work.glob("written-*"):
+            mark.unlink()
         bench.once("write_store", settings)
-        for library in libraries:
+        (work / f"written-{name}").touch()
+    for library in libraries:
+        if not (work / f"written-{documents}-{library}").exists():
+            print(f"writing its copy for {library}", file=sys.stderr)
             own = {"library": library, "out": str(work / library)}
             bench.once("write_documents", settings | own, peer=True)
-        written.touch()
+            (work / f"written-{documents}-{library}").touch()
     size = (work / "store" / "bench" / "train" / "tokens.npy").stat().st_size
     sides = [bench.side("ours", "batches_ours", settings)]
     for library, ways in libraries.items():
@@ -267,7 +271,7 @@ def building(bench: Bench) -> None:
     arguments, work = bench.arguments, bench.work / "building"
     shutil.rmtree(work, ignore_errors=True)
     (work / "corpus").mkdir(parents=True)
-    texts = _texts(1_000_000 if arguments.quick else 16_000_000)
+    texts = _texts(1_000_000 if arguments.quick else 8_000_000)
     half = len(texts) // 2
     for i, part in enumerate((texts[:half], texts[half:])):
         lines = [json.dumps({"text": text, "id": f"{i}-{j}"}) for j, text in enumerate(part)]

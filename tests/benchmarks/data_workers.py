@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import glob
 import importlib.metadata
+import itertools
 import json
 import os
 import resource
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 
 Turn = Callable[[dict[str, Any]], Any]
+NUM_SHARDS = 16  # of the ArrayRecord copy; mosaicml-streaming makes as many of 1 GB
 
 # ---- (a) packing --------------------------------------------------------------------------------
 
@@ -271,10 +273,13 @@ def write_documents(settings: dict[str, Any]) -> Turn:
         if settings["library"] == "arrayrecord":
             from array_record.python.array_record_module import ArrayRecordWriter
 
-            writer = ArrayRecordWriter(f"{out}/documents.arrayrecord", "group_size:1")
-            for document in documents:
-                writer.write(document.tobytes())
-            writer.close()
+            # 64 MB a file: reading one record costs in proportion to its file's number of records.
+            each = -(-(len(offsets) - 1) // NUM_SHARDS)
+            for shard in range(NUM_SHARDS):
+                writer = ArrayRecordWriter(f"{out}/{shard:02d}.arrayrecord", "group_size:1")
+                for document in itertools.islice(documents, each):
+                    writer.write(document.tobytes())
+                writer.close()
         elif settings["library"] == "streaming":
             from streaming import MDSWriter
 
@@ -300,7 +305,7 @@ def write_documents(settings: dict[str, Any]) -> Turn:
 def _read_arrayrecord(settings: dict[str, Any]) -> Callable[[list[int]], list[np.ndarray]]:
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-    source = ArrayRecordDataSource([f"{settings['out']}/documents.arrayrecord"])
+    source = ArrayRecordDataSource(sorted(glob.glob(f"{settings['out']}/*.arrayrecord")))
     if settings["how"] == "one by one":
         return lambda indices: [np.frombuffer(source[i], np.uint16) for i in indices]
     return lambda indices: [np.frombuffer(b, np.uint16) for b in source.__getitems__(indices)]

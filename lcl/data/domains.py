@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,9 +28,6 @@ from lcl.data.sources import (
     first_heldout_group,
     keep_and_split,
 )
-
-# Kinds of text of one's own, in the order in which `prepare` makes them.
-OWN_KINDS = ("folder", "jsonl", "parquet", "arrayrecord", "tfds", "seqio")
 
 
 @dataclasses.dataclass
@@ -155,66 +153,120 @@ def own_domain(
     Raises:
         SourceError: there is nothing there.
     """
-    read: Callable[[Ledger, Meter], Iterator[Document]]
-    files: Sequence[str] = ()
-    settings: dict[str, Any] = {"source": kind}
-    inputs: Any = None
-    if kind == "folder":
-        files = [file for file, _ in readers.folder_files(place)]
-        settings["patterns"] = list(DEFAULT_PATTERNS)
-
-        def read(ledger: Ledger, meter: Meter) -> Iterator[Document]:
-            return readers.folder_documents(place, ledger, meter=meter)
-
-    elif kind in ("jsonl", "parquet"):
-        files = {"jsonl": readers.jsonl_files, "parquet": readers.parquet_files}[kind](place)
-        reader: Any = {"jsonl": readers.jsonl_documents, "parquet": readers.parquet_documents}[kind]
-        settings["field"] = field
-
-        def read(ledger: Ledger, meter: Meter) -> Iterator[Document]:
-            return reader(place, ledger, field=field, meter=meter)
-
-    elif kind == "arrayrecord":
-        path, part = place, "train"
-        if not os.path.exists(place) and ":" in place:
-            path, _, part = place.rpartition(":")
-        files = readers.arrayrecord_files(path)
-        settings |= {"field": field, "split_of_dataset": part}
-
-        def read(ledger: Ledger, meter: Meter) -> Iterator[Document]:
-            return readers.arrayrecord_documents(path, ledger, field=field, split=part, meter=meter)
-
-        place = path
-    elif kind == "tfds":
-        path, _, part = place.partition(":")
-        part = part or "train"
-        made = readers.tfds_builder(path)
-        settings |= {"field": field, "split_of_dataset": part, "builder": made.info.full_name}
-
-        def read(ledger: Ledger, meter: Meter) -> Iterator[Document]:
-            return readers.tfds_documents(path, ledger, field=field, split=part, meter=meter)
-
-    else:
-        assert kind == "seqio", kind
-        from lcl.data import seqio_bridge
-
-        task, _, part = place.partition(":")
-        part = part or "train"
-        settings |= {"task": task, "split_of_dataset": part}
-        inputs = seqio_bridge.task_inputs(task, part)
-
-        def read(ledger: Ledger, meter: Meter) -> Iterator[Document]:
-            return seqio_bridge.task_documents(task, ledger, split=part, meter=meter)
+    source = _OWN[kind](place, field)
 
     def open_text() -> Opened:
-        ledger, meter = Ledger(), Meter(total=sum(_stamp(file)[0] for file in files) or None)
-        return Opened(((None, document) for document in read(ledger, meter)), ledger, meter)
+        total = sum(_stamp(file)[0] for file in source.files)
+        ledger, meter = Ledger(), Meter(total=total or None)
+        documents = source.read(ledger, meter)
+        return Opened(((None, document) for document in documents), ledger, meter)
 
-    if files:
-        base = os.path.dirname(os.path.abspath(place))
-        inputs = [(os.path.relpath(file, base), *_stamp(file)) for file in files]
-    settings["split"] = split
+    inputs = source.inputs
+    if source.files:
+        base = os.path.dirname(os.path.abspath(source.path))
+        inputs = [(os.path.relpath(file, base), *_stamp(file)) for file in source.files]
+    settings = {"source": kind, **source.settings, "split": split}
     return Domain(name, place, "your own text", settings, inputs, split, open_text, streams=True)
+
+
+def name_and_split(place: str) -> tuple[str, str]:
+    """Cuts a split off the end of a name or path; "train" if it names none.
+
+    >>> name_and_split("c4/en:3.1.0:train[:10%]"), name_and_split("my_task")
+    (('c4/en:3.1.0', 'train[:10%]'), ('my_task', 'train'))
+    """
+    found = re.fullmatch(r"(.+?)(?::([A-Za-z_][^:/\[]*(?:\[.*\])?))?", place, re.DOTALL)
+    assert found is not None
+    return found[1], found[2] or "train"
+
+
+@dataclasses.dataclass
+class _Source:
+    """What there is at a place: the files, if it is files, or what else is known of it."""
+
+    path: str
+    read: Callable[[Ledger, Meter], Iterator[Document]]
+    settings: dict[str, Any]
+    files: Sequence[str] = ()
+    inputs: Any = None
+
+
+def _folder(path: str, field: str) -> _Source:
+    return _Source(
+        path,
+        lambda ledger, meter: readers.folder_documents(path, ledger, meter=meter),
+        {"patterns": list(DEFAULT_PATTERNS)},
+        [file for file, _ in readers.folder_files(path)],
+    )
+
+
+def _jsonl(path: str, field: str) -> _Source:
+    return _Source(
+        path,
+        lambda ledger, meter: readers.jsonl_documents(path, ledger, field=field, meter=meter),
+        {"field": field},
+        readers.jsonl_files(path),
+    )
+
+
+def _parquet(path: str, field: str) -> _Source:
+    return _Source(
+        path,
+        lambda ledger, meter: readers.parquet_documents(path, ledger, field=field, meter=meter),
+        {"field": field},
+        readers.parquet_files(path),
+    )
+
+
+def _arrayrecord(place: str, field: str) -> _Source:
+    path, part = (place, "train") if os.path.exists(place) else name_and_split(place)
+    return _Source(
+        path,
+        lambda ledger, meter: readers.arrayrecord_documents(
+            path, ledger, field=field, split=part, meter=meter
+        ),
+        {"field": field, "split_of_dataset": part},
+        readers.arrayrecord_files(path),
+    )
+
+
+def _tfds(place: str, field: str) -> _Source:
+    name, part = name_and_split(place)
+    return _Source(
+        name,
+        lambda ledger, meter: readers.tfds_documents(
+            name, ledger, field=field, split=part, meter=meter
+        ),
+        {
+            "field": field,
+            "split_of_dataset": part,
+            "builder": readers.tfds_builder(name).info.full_name,
+        },
+    )
+
+
+def _seqio(place: str, field: str) -> _Source:
+    from lcl.data import seqio_bridge
+
+    task, part = name_and_split(place)
+    return _Source(
+        task,
+        lambda ledger, meter: seqio_bridge.task_documents(task, ledger, split=part, meter=meter),
+        {"task": task, "split_of_dataset": part},
+        inputs=seqio_bridge.task_inputs(task, part),
+    )
+
+
+_OWN: dict[str, Callable[[str, str], _Source]] = {
+    "folder": _folder,
+    "jsonl": _jsonl,
+    "parquet": _parquet,
+    "arrayrecord": _arrayrecord,
+    "tfds": _tfds,
+    "seqio": _seqio,
+}
+# Kinds of text of one's own, in the order in which `prepare` makes them.
+OWN_KINDS = tuple(_OWN)
 
 
 def _stamp(file: str) -> tuple[int, int]:

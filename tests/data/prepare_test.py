@@ -19,6 +19,7 @@ import pytest
 from lcl.data import corpora as registry
 from lcl.data import prepare as prepare_module
 from lcl.data.corpora.corpus import CorpusInfo
+from lcl.data.domains import name_and_split
 from lcl.data.prepare import prepare, show
 from lcl.data.sources import Document
 from lcl.data.store import Data, Store, StoreWriter
@@ -375,3 +376,18 @@ def test_everything_from_the_command_line(folder, tmp_path, capsys):
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 3 and "'lenght'" in err[0] and "no_such_module_of_ours" in err[1]
     assert "--parquet" in err[2]
+
+
+@pytest.mark.parametrize(
+    ("place", "want"),
+    [
+        ("our_task", ("our_task", "train")),
+        ("our_task:test", ("our_task", "test")),
+        ("c4/en:3.1.0", ("c4/en:3.1.0", "train")),
+        ("c4/en:3.1.0:train[:10%]", ("c4/en:3.1.0", "train[:10%]")),
+        ("/data/c4/3.1.0:test", ("/data/c4/3.1.0", "test")),
+        ("C:/data/c4", ("C:/data/c4", "train")),
+    ],
+)
+def test_a_split_at_the_end_of_a_name(place, want):
+    assert name_and_split(place) == want

@@ -194,23 +194,21 @@ def gather_rows(
     length_R = np.empty(len(row_S) + num_gathered, np.int64)
     length_R[run_S], length_R[run_b] = length_S, row_length - tokens_b
     begin_R = np.cumsum(length_R) - length_R
+    tokens, targets = _gather_tokens(groups, bases * row_length, begin_R, length_R, run_S)
     segment_R = np.zeros(len(length_R), np.int32)
     segment_R[run_S] = np.arange(1, len(row_S) + 1) - first_b[row_S] if document_mask else 1
     segments = np.repeat(segment_R, length_R)
-    real = segments != 0
-
-    cell = np.arange(num_gathered * row_length, dtype=np.int32)
-    origin_R = (
-        begin_R
-        if document_mask
-        else np.repeat(begin_R[first_b + np.arange(num_gathered)], slices_b + 1)
-    )
-    positions = (cell - np.repeat(origin_R.astype(np.int32), length_R)) * real
-    tokens, targets = _gather_tokens(groups, bases * row_length, begin_R, length_R, run_S, cell)
+    if not document_mask:  # positions count from the row's first run
+        begin_R = np.repeat(begin_R[first_b + np.arange(num_gathered)], slices_b + 1)
+    positions = np.arange(len(segments), dtype=np.int32)
+    positions -= np.repeat(begin_R.astype(np.int32), length_R)
     marks = np.repeat([g.source_id for g in groups], np.diff(bases)).astype(np.int32)
-    made = [tokens * real, targets * real, segments, positions, real.astype(np.float32)]
+    sources = np.repeat(marks, row_length)
+    made = [tokens, targets, segments, positions, np.ones(len(segments), np.float32), sources]
+    padding = np.flatnonzero(segments == 0)
+    for array in made:
+        array[padding] = 0
     made = [array.reshape(num_gathered, row_length) for array in made]
-    made.append(marks[:, None] * real.reshape(num_gathered, row_length))
 
     place = np.concatenate([g.rows for g in groups])
     if num_gathered < num_rows or (place[1:] < place[:-1]).any():
@@ -226,7 +224,6 @@ def _gather_tokens(
     begin_R: np.ndarray,
     length_R: np.ndarray,
     run_S: np.ndarray,
-    cell: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Copy inputs and targets of all rows, one after the other: two int32, anything at padding.
 
@@ -235,13 +232,13 @@ def _gather_tokens(
         cells_G: int64[groups + 1], where each group's cells begin, and the end.
         begin_R, length_R: int64[R], the runs.
         run_S: int64[S], which runs are slices.
-        cell: int32, 0, 1, ...
     """
     source_S = np.concatenate([g.offsets[g.slices.document] + g.slices.start for g in groups])
     shift_R = -begin_R
     shift_R[run_S] += source_S
-    source = cell + np.repeat(shift_R, length_R)
-    tokens, targets = np.empty_like(cell), np.empty_like(cell)
+    source = np.repeat(shift_R, length_R)
+    source += np.arange(len(source))
+    tokens, targets = (np.empty(len(source), np.int32) for _ in range(2))
     for group, begin, end in zip(groups, cells_G[:-1], cells_G[1:], strict=True):
         # "clip": what padding would read may lie outside a small store.
         tokens[begin:end] = group.tokens.take(source[begin:end], mode="clip")

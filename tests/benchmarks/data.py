@@ -241,7 +241,10 @@ def batches(bench: Bench) -> None:
             bench.once("write_documents", settings | own, peer=True)
             (work / f"written-{documents}-{library}").touch()
     size = (work / "store" / "bench" / "train" / "tokens.npy").stat().st_size
-    sides = [bench.side("ours", "batches_ours", settings)]
+    sides = [
+        bench.side(f"ours, {how}", "batches_ours", settings | {"how": how})
+        for how in ("given the step", "given the rows")
+    ]
     for library, ways in libraries.items():
         for how in ways:
             own = {"library": library, "out": str(work / library), "how": how}

@@ -192,7 +192,7 @@ def write_store(settings: dict[str, Any]) -> Turn:
 
 
 def batches_ours(settings: dict[str, Any]) -> Turn:
-    """Whole batches from the step's number alone: mixture, schedule and layout are in the time."""
+    """Whole batches, from the step's number (mixture and schedule are in the time) or from rows."""
     from lcl.data import Data, Mixture, StageData, build_stream
 
     stage = StageData(Mixture({"bench": 1.0}), settings["length"], settings["rows"])
@@ -200,7 +200,19 @@ def batches_ours(settings: dict[str, Any]) -> Turn:
     stream = build_stream(data, [("bench", stage, settings["batches"])], seed=0)
     _read_through(settings["root"])
 
-    return lambda argument: _checksum(map(stream.batch, argument["steps"]), argument["check"])
+    batch_fn: Callable[[int], Any] = stream.batch
+    if settings["how"] == "given the rows":
+        from lcl.data.batch import gather_rows, layout_group
+
+        count, length = settings["rows"], settings["length"]
+        (plan,), places = stream._plans, np.arange(count)
+        rows = [stream._locate(t, places).row for t in range(settings["batches"])]
+
+        def batch_fn(t: int) -> Any:
+            group = layout_group(plan.store, plan.layout, rows[t], places, 0)
+            return gather_rows([group], count, length)
+
+    return lambda argument: _checksum(map(batch_fn, argument["steps"]), argument["check"])
 
 
 def batches_documents(settings: dict[str, Any]) -> Turn:

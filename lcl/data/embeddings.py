@@ -55,7 +55,9 @@ class HashedTfidf:
         projection  bucket 5 -> +3 -0,  bucket 2 -> -1 +3,  ...          (num_signs 2)
 
     Attributes:
-        dim: D, width of the vectors.
+        dim: D, width of the vectors. The noise of a cosine, 1 / sqrt(D), must be well below those
+            of related documents: among 12,732 sections of manuals, 30% of the ten nearest were of
+            the same page at 256, 47% at 1024 and 51% at 2048. Search takes time in proportion.
         ngrams: lengths of the n-grams; None: (4, 5) over bytes or characters (vocabularies up to
             1024), (1, 2) over words.
         num_tokens: tokens read of each document, from its start; the paper reads 512 (words).
@@ -64,7 +66,7 @@ class HashedTfidf:
         seed: of the hash and the signs.
     """
 
-    dim: int = 256
+    dim: int = 1024
     ngrams: Sequence[int] | None = None
     num_tokens: int = 4096
     num_buckets: int = 1 << 20

@@ -271,7 +271,10 @@ def cut(text: str, target: int) -> list[str]:
 
 
 def on_text(root: pathlib.Path, dim: int) -> dict:
-    from lcl.data import InContext, Store
+    from lcl.data import Store
+    from lcl.data.in_context import among_kept, without
+    from lcl.data.neighbors import Neighbors, near_duplicates
+    from lcl.data.ordering import traverse
 
     path, topics = sections(root)
     store = Store.open(path)
@@ -293,19 +296,20 @@ def on_text(root: pathlib.Path, dim: int) -> dict:
         own = topics["page"][ids] == topics["page"][:, None]
         print(f"neighbours of the same page: {own.mean():.3f}; nearest: {own[:, 0].mean():.3f}")
         for threshold in (0.99, 0.95, 0.9, 0.8):
-            from lcl.data.neighbors import Neighbors, near_duplicates
-
             count = int((near_duplicates(Neighbors(ids, similarity), threshold) >= 0).sum())
             print(f"near-duplicates at {threshold}: {count} ({count / len(ids):.1%})")
             result[f"duplicates_{threshold}"] = count
         result["compared"] = compare("text", folder, "exact", topics)
-        begin = time.process_time()
-        plan = InContext(duplicate_threshold=0.95).plan(
-            store, seed=0, domain="sections", cache_dir=folder / "cache"
+        duplicate = near_duplicates(Neighbors(ids, similarity), 0.95) >= 0
+        lists = among_kept(
+            without(Neighbors(ids, similarity), duplicate, NUM_NEIGHBORS),
+            np.flatnonzero(~duplicate),
         )
-        result["in_context"] = plan.report() | {"cpu": time.process_time() - begin}
-        result["in_context"]["page_purity"] = purity(topics["page"], plan.order)
-        print(f"InContext(duplicate_threshold=0.95): {result['in_context']}")
+        kept = np.flatnonzero(~duplicate)[traverse(*lists)]
+        result["pruned_page_purity"] = purity(topics["page"], kept)
+        print(
+            f"residual, near-duplicates at 0.95 out: page purity {result['pruned_page_purity']:.3f}"
+        )
     return result
 
 
@@ -349,7 +353,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--exact", type=int, default=100_000, help="largest exact search")
     parser.add_argument("--only", choices=("text", "clusters"))
-    parser.add_argument("--dim", type=int, default=256, help="of the text's vectors")
+    parser.add_argument("--dim", type=int, default=1024, help="of the text's vectors")
     parser.add_argument("--root", type=pathlib.Path, default=CACHE / "benchmarks" / "ordering")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

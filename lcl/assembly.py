@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import logging as logs
+import os
 import pathlib
 import threading
 import time
@@ -47,8 +48,8 @@ VOCABULARY_PADDING = 256
 CONFIG_FILE = "config.gin"
 # Batches that the host prepares ahead of the device.
 PREFETCH = 4
-# Programs that are compiled at the same time: each takes memory of its own.
-COMPILE_AT_ONCE = 4
+# Programs compiled at the same time; one uses two cores, and more than the cores hinder each other.
+COMPILE_AT_ONCE = max(1, min(4, (os.cpu_count() or 1) // 2))
 
 
 def named_key(seed: int, name: str) -> jax.Array:
@@ -175,28 +176,27 @@ class Assembly:
     # ---- steps -------------------------------------------------------------------------------
 
     def train_step(self, span: Span) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-        """The compiled step of a stage: one program a shape of its batches, all made beforehand.
-
-        Stages of one shape share its program. Nothing can recompile.
-        """
+        """The compiled step of a stage, a program a shape; stages share them. None recompiles."""
         shapes = self.stream.shapes(span.index)
-        if len(shapes) == 1:
-            return self._train_program(span, shapes[0])
-        with concurrent.futures.ThreadPoolExecutor(COMPILE_AT_ONCE) as pool:
-            programs = pool.map(lambda shape: self._train_program(span, shape), shapes)
-            program_of = dict(zip(shapes, programs, strict=True))
+
+        def programs(first: int) -> list[Any]:
+            order = shapes[first:] + shapes[:first]
+            return [self._train_program(span, shape) for shape in order]
+
+        for first in range(1, min(COMPILE_AT_ONCE, len(shapes))):  # what one makes, all have
+            threading.Thread(target=programs, args=(first,), daemon=True).start()
+        program_of = dict(zip(shapes, programs(0), strict=True))
 
         def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
             return program_of[batch.tokens.shape](state, batch)
 
-        return run
+        return run if len(shapes) > 1 else program_of[shapes[0]]
 
     def _train_program(self, span: Span, shape: tuple[int, int]) -> Any:
         model = self._model(span)
         step = make_train_step(model, self.objective, self.optimizer, self.chain, self.num_sources)
-        jitted = jax.jit(
-            step, donate_argnums=0, out_shardings=(_shardings(self.abstract_state), None)
-        )
+        shardings = _shardings(self.abstract_state), None
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings)
         example = (self.abstract_state, self._abstract_batch(shape))
         return self._compile(f"train step {shape[0]} x {shape[1]}", model, jitted, example)
 
@@ -266,11 +266,7 @@ class Assembly:
         yield from dataset.to_iter_dataset(options)
 
     def placed_batches(self, start: int) -> Iterator[Batch]:
-        """Batches from step `start` on, each on its way to the devices when it is handed out.
-
-        Nothing waits here but for the host's next batch. So who asks for the next one right after
-        having started a step has it copied while the step runs, and two are on the devices.
-        """
+        """Batches from step `start` on, on their way to the devices: ask while a step runs."""
         for step, batch in enumerate(self.batches(start), start=start):
             yield self.put(batch, step)
 
@@ -278,9 +274,7 @@ class Assembly:
         """Places the rows that `batches` gave this process on the mesh, as part of the batch."""
         batch_size, _ = self.stream.batch_shape(step)
         rows = rules.process_rows(self.mesh, batch_size)
-        return rules.put_batch(
-            batch, self.mesh, rows=rows, batch_size=None if rows is None else batch_size
-        )
+        return rules.put_batch(batch, self.mesh, rows=rows, batch_size=batch_size)
 
     def heldout_batches(self, evaluation: HeldOut) -> EvalBatches:
         """The fixed held-out batches of every domain."""
@@ -321,12 +315,15 @@ class Assembly:
             "mesh": mesh_lib.describe(self.mesh),
             "domains": list(domains),
             "data": {d: self.data.open(d, "train").fingerprint for d in domains},
-            "stages": [_stage_card(span, self.stream) for span in self.spans],
+            "stages": [
+                _stage_card(span, self.stream, self.flops_per_token[span.index])
+                for span in self.spans
+            ],
             "num_parameters": num_parameters(self.model),
             "flops": {
                 "convention": self.flop_convention,
                 "per_token": {
-                    self.spans[i].stage.name: _per_token(by_shape)
+                    self.spans[i].stage.name: _mean_flops(by_shape, self.stream, i)
                     for i, by_shape in self.flops_per_token.items()
                 },
             },
@@ -432,14 +429,17 @@ def _flops(model: DecoderConfig, stream: Stream, span: Span) -> dict[tuple[int, 
     }
 
 
-def _per_token(by_shape: Mapping[tuple[int, int], float]) -> Any:
-    """FLOPs a token for the run card: a number, or one a shape."""
+def _mean_flops(by_shape: Mapping[tuple[int, int], float], stream: Stream, stage: int) -> float:
+    """Training FLOPs a token of a whole stage: the shapes' mean, by how many steps have each."""
     if len(by_shape) == 1:
-        return next(iter(by_shape.values()))
-    return {f"{rows} x {length}": each for (rows, length), each in by_shape.items()}
+        return min(by_shape.values())
+    steps = {(b["batch_rows"], b["row_length"]): b["num_steps"] for b in stream.buckets(stage)}
+    return sum(each * steps[shape] for shape, each in by_shape.items()) / sum(steps.values())
 
 
-def _stage_card(span: Span, stream: Stream) -> dict[str, Any]:
+def _stage_card(
+    span: Span, stream: Stream, by_shape: Mapping[tuple[int, int], float]
+) -> dict[str, Any]:
     data = span.stage.data
     replay = None
     if data.replay is not None:
@@ -455,7 +455,10 @@ def _stage_card(span: Span, stream: Stream) -> dict[str, Any]:
         "replay": replay,
     }
     if data.decomposition is not None:
-        card["buckets"] = stream.buckets(span.index)
+        card["buckets"] = [
+            {**bucket, "flops_per_token": by_shape[bucket["batch_rows"], bucket["row_length"]]}
+            for bucket in stream.buckets(span.index)
+        ]
     return card
 
 
@@ -465,9 +468,8 @@ def _check_shapes(mesh: jax.sharding.Mesh, stream: Stream, span: Span) -> None:
         try:
             rules.check_batch_shape(mesh, *shape)
         except ValueError as error:
-            raise ValueError(
-                f"stage {span.stage.name!r}, rows of {shape[1]} tokens: {error}"
-            ) from error
+            where = f"stage {span.stage.name!r}, rows of {shape[1]} tokens"
+            raise ValueError(f"{where}: {error}") from error
 
 
 def _check_length(model: DecoderConfig, what: str, sequence_length: int) -> None:

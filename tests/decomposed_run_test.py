@@ -105,9 +105,10 @@ def test_tokens_a_step_are_constant_and_the_card_has_the_buckets(finished):
         }
         assert sum(bucket["num_steps"] for bucket in stage["buckets"]) == 7
         assert tuple(stage["batch_shape"]) == SHAPES[0]
-        per_token = card["flops"]["per_token"][stage["name"]]
-        assert set(per_token) == {f"{b} x {t}" for b, t in SHAPES}
-        assert per_token["3 x 64"] > per_token["12 x 16"]
+        each = {(b["batch_rows"], b["row_length"]): b["flops_per_token"] for b in stage["buckets"]}
+        assert set(each) == set(SHAPES)
+        assert each[3, 64] > each[6, 32] > each[12, 16]  # short rows cost less attention
+        assert each[3, 64] > card["flops"]["per_token"][stage["name"]] > each[12, 16]
     lines = (finished / "metrics.jsonl").read_text().splitlines()
     total = sum(v["new_tokens"] + v["replayed_tokens"] for v in card["ledger"].values())
     assert json.loads(lines[-1])["tokens"] == total

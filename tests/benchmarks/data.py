@@ -264,9 +264,9 @@ def batches(bench: Bench) -> None:
     title = f"{each} from {size / 1e9:.2f} GB, {documents:,} documents, warm page cache"
     bench.table("batches", title, sides, "batches", amounts)
     print(
-        "  all sides make the same six arrays (equal checksums); the others are given the plan of"
+        "  all make the same six arrays (equal checksums); the others are given the slices of every"
     )
-    print("  rows, ours finds it from the step's number")
+    print("  row, as 'ours, given the rows' is; 'ours, given the step' also finds out which rows")
 
 
 def building(bench: Bench) -> None:

@@ -111,8 +111,8 @@ def test_what_is_alike_is_near_and_long_documents_are_cut(tmp_path):
     vectors = all_of(HashedTfidf(num_tokens=256), store)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     table = vectors @ vectors.T
-    assert table[0, 1] > 0.4 > 0.3 > table[0, 2]
-    assert table[2, 3] > 0.4
+    assert table[0, 1] > 0.3 > 0.2 > table[0, 2]
+    assert table[2, 3] > 0.3
     assert table[0, 4] > 0.95  # of the last document only the beginning is read
 
 

@@ -1,0 +1,171 @@
+"""The machinery at its smallest: each paper trained for a few steps, cached, reported, resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from lcl import config
+from lcl.data import Data
+from lcl.describe import describe
+from lcl.papers import grid, paper
+from lcl.papers.claims import NOT_TESTABLE
+from lcl.papers.dataset_decomposition import ARMS, SECONDS, DatasetDecomposition
+from lcl.papers.in_context_pretraining import InContextPretraining
+from lcl.papers.topics import TopicalCorpus
+
+
+class FewOrders(InContextPretraining):
+    """Half of the arms: what they share is shown as well, in half the time."""
+
+    def runs(self, seed, out):
+        kept = ("random", "in-context", "in-context, duplicates pruned")
+        return [run for run in super().runs(seed, out) if run.arm in kept]
+
+
+class FewLayouts(DatasetDecomposition):
+    """Not all of the arms, as above."""
+
+    def runs(self, seed, out):
+        kept = ("concat", "decomposition", "decomposition, equal seconds")
+        return [run for run in super().runs(seed, out) if run.arm in kept]
+
+
+ICP = FewOrders(
+    corpus=TopicalCorpus(num_topics=24, documents_per_topic=5, min_facts=8, max_facts=9),
+    duplicates=0.4,
+    num_neighbors=3,
+    steps=3,
+    batch_size=2,
+    sequence_length=128,
+    num_rows=4,
+    num_before=3,
+)
+DECOMPOSITION = FewLayouts(
+    steps=4,
+    batch_size=2,
+    min_log2=5,
+    max_log2=6,
+    cycles=1,
+    num_documents=6,
+    cost_rounds=1,
+    limit_modules=40,
+)
+
+
+@pytest.fixture(scope="module", params=[ICP, DECOMPOSITION], ids=lambda p: p.name)
+def done(request, tmp_path_factory):
+    out = tmp_path_factory.mktemp(request.param.name)
+    lines: list[str] = []
+    outcome = paper.reproduce(request.param, seeds=1, out=out, say=lines.append)
+    return request.param, out, outcome, lines
+
+
+def test_every_claim_names_arms_and_metrics_that_are_measured(done):
+    small, out, outcome, _ = done
+    assert len({claim.name for claim in small.claims}) == len(small.claims)
+    arms = {run.arm for run in super(type(small), small).runs(0, out)}
+    for claim in small.claims:
+        assert {claim.better, claim.worse} <= arms
+        for measured in outcome.values.values():
+            assert math.isfinite(measured[0][claim.metric])
+    assert set(small.columns) <= set(next(iter(outcome.values.values()))[0])
+
+
+def test_one_seed_decides_nothing(done):
+    _, _, outcome, _ = done
+    assert {v.verdict for v in outcome.verdicts} == {NOT_TESTABLE}
+
+
+def test_the_report_is_written(done):
+    small, out, outcome, lines = done
+    text = (out / paper.TABLE_FILE).read_text()
+    assert text == outcome.text + "\n"
+    for claim in small.claims:
+        assert claim.text in text
+    results = json.loads((out / paper.RESULTS_FILE).read_text())
+    assert len(results["runs"]) == len(outcome.values)
+    assert [v["verdict"] for v in results["verdicts"]] == [NOT_TESTABLE] * len(small.claims)
+    assert (out / paper.FIGURE_FILE).read_bytes().startswith(b"\x89PNG")
+    assert lines[0].startswith(f"run 1 of {len(outcome.values)}: ")
+
+
+def test_finished_runs_are_not_run_again(done, monkeypatch):
+    small, out, outcome, _ = done
+
+    def not_again(**settings):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(grid, "train", not_again)
+    again = paper.reproduce(small, seeds=1, out=out, say=lambda line: None)
+    assert again.values == outcome.values
+    changed = dataclasses.replace(small, peak=small.peak / 2)
+    with pytest.raises(AssertionError, match="trained again"):
+        paper.reproduce(changed, seeds=1, out=out, say=lambda line: None)
+
+
+def test_the_arms_of_a_seed_differ_in_what_they_compare_only(done):
+    """Same first weights, same data, same schedule; the stage's layout or order differs."""
+    small, out, _, _ = done
+    runs = small.runs(0, out)
+    equal = [run for run in runs if not run.arm.endswith(SECONDS)]
+    lines = [describe({k: v for k, v in run.settings.items() if k != "data"}) for run in equal]
+    allowed = ("order", "packing", "document_mask", "decomposition")
+    for other, run in zip(lines[1:], equal[1:], strict=True):
+        names = {n for n in {*lines[0], *other} if lines[0].get(n) != other.get(n)}
+        assert names or run.settings["data"] != equal[0].settings["data"]
+        assert all(n.removeprefix("stages[0].data.").startswith(allowed) for n in names)
+    assert len({run.hash for run in runs}) == len(runs)
+
+
+def test_tokens_are_equal_where_they_should_be(done):
+    small, _, outcome, _ = done
+    if small.name == ICP.name:
+        tokens = {seeds[0]["tokens"] for seeds in outcome.values.values()}
+        # A row may be the last one of the store, which is not full.
+        assert max(tokens) - min(tokens) < small.sequence_length
+    else:
+        cells = small.steps * small.batch_size * 2**small.max_log2
+        assert outcome.values["decomposition"][0]["tokens"] == cells
+        assert all(
+            0.8 * cells < outcome.values[arm][0]["tokens"] <= cells
+            for arm in ARMS
+            if arm in outcome.values
+        )
+
+
+def test_a_run_that_was_killed_goes_on(tmp_path, monkeypatch):
+    """The probe fails after training: the next call probes, and trains nothing anew."""
+    run = ICP.runs(0, tmp_path)[0]
+    monkeypatch.setattr(grid, "measure", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        grid.run_one(run, tmp_path)
+    monkeypatch.undo()
+    before = (tmp_path / "runs" / run.name / "metrics.jsonl").read_bytes()
+    result = grid.run_one(run, tmp_path)
+    assert result["steps"] == ICP.steps
+    assert (tmp_path / "runs" / run.name / "metrics.jsonl").read_bytes() == before
+
+
+def test_command_refuses_no_seeds(tmp_path, capsys):
+    assert paper.main(ICP, ["--seeds", "0", "--out", str(tmp_path)]) == 2
+    assert "give 1 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [InContextPretraining, DatasetDecomposition])
+def test_the_shipped_configuration_is_the_papers_own_arm(kind, tmp_path):
+    """configs/papers/NAME.gin is the method's run of seed 0, so that the two cannot drift apart."""
+    full = kind()
+    loaded = config.load([f"configs/papers/{full.name}.gin"]).kwargs("train", run_dir="x")
+    if isinstance(full, DatasetDecomposition):
+        settings = full.settings("decomposition", 0, Data("x"))
+    else:
+        small = TopicalCorpus(num_topics=8, documents_per_topic=1)
+        runs = dataclasses.replace(full, corpus=small, num_rows=1).runs(0, tmp_path)
+        (settings,) = [run.settings for run in runs if run.arm == "in-context"]
+    for name, wanted in settings.items():
+        if name not in ("data", "logging"):
+            assert describe(loaded[name], name) == describe(wanted, name)

@@ -178,9 +178,13 @@ class Planner:
                 )
                 if n
             }
-            mixture = scaled_mixture(data.mixture, factors)
             plan_fn = functools.partial(self._bucket_plan, data, decomposed, b)
-            buckets[b] = self._bucket(data, mixture, plan_fn, int(counts[b]), b)
+            try:
+                mixture = scaled_mixture(data.mixture, factors)
+                buckets[b] = self._bucket(data, mixture, plan_fn, int(counts[b]), b)
+            except ValueError as error:  # a mixture that the bucket is too small for
+                where = f"bucket of {decomposition.row_lengths[b]} with {counts[b]:,} steps"
+                raise ValueError(f"{where}: {error}") from error
         return buckets, schedule
 
     # ---- plans -------------------------------------------------------------------------------

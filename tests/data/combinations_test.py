@@ -353,6 +353,13 @@ def test_a_decomposition_that_drops_all_is_refused(data):
         build_stream(data, [("x", stage, 3)], seed=0)
 
 
+def test_a_mixture_that_a_bucket_is_too_small_for_is_refused_with_the_bucket(data):
+    mixture = LinearMixture(({"a": 2, "b": 1}, {"a": 2, "b": 1}), block=8)
+    stage = StageData(mixture, T, 1, decomposition=Decomposition(3, 5))
+    with pytest.raises(ValueError, match=r"bucket of \d+ with \d steps: mixture gives '.' less"):
+        build_stream(data, [("x", stage, 3)], seed=0)
+
+
 def test_an_order_that_allows_masks_may_have_them(data):
     stage = StageData(ONE, T, 2, order=ByLength(needs_open_rows=False))
     assert build_stream(data, [("x", stage, 3)], seed=0).num_steps == 3

@@ -2,7 +2,9 @@
 
     text        every section of the prepared corpora (pages cut at paragraphs, some 700 characters
                 each) is a document; its page is its topic. The corpora are prepared by this script,
-                from the distribution's packages. Vectors: hashed TF-IDF. Neighbours: exact.
+                from the distribution's packages. Vectors: hashed TF-IDF. Neighbours: exact. The
+                sections are shuffled first: an order that takes the lowest number when it has to
+                choose would else be given the pages.
     clusters    Gaussian topics of some 60 documents in 64 dimensions, noise 0.9, at several sizes.
                 Neighbours: exact up to --exact documents, where that is feasible, and by faiss.
 
@@ -274,7 +276,7 @@ def on_text(root: pathlib.Path, dim: int) -> dict:
     from lcl.data import Store
     from lcl.data.in_context import among_kept, without
     from lcl.data.neighbors import Neighbors, near_duplicates
-    from lcl.data.ordering import traverse
+    from lcl.data.ordering import shuffle, traverse
 
     path, topics = sections(root)
     store = Store.open(path)
@@ -286,6 +288,9 @@ def on_text(root: pathlib.Path, dim: int) -> dict:
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         result["embed"] = child("embed", folder, store=str(path), dim=dim)
+        mixed = shuffle(store.num_documents, seed=1, domain="sections")
+        topics = {name: labels[mixed] for name, labels in topics.items()}
+        np.save(folder / "vectors.npy", np.load(folder / "vectors.npy")[mixed])
         result["neighbors"] = child("neighbors", folder, index="exact")
         for step in ("embed", "neighbors"):
             say(step, result[step])

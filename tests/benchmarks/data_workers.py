@@ -380,17 +380,19 @@ def build_datasets(settings: dict[str, Any]) -> Turn:
 
     datasets.disable_progress_bars()
     files = sorted(glob.glob(f"{settings['corpus']}/*.jsonl"))
-    tokenizer = tokenizers.Tokenizer.from_file(settings["tokenizer"])
-    tokenizer.encode_special_tokens = True
     workers = settings["cores"] if settings["cores"] > 1 else None
-
-    def encode(rows: dict[str, list[str]]) -> dict[str, Any]:
-        found = tokenizer.encode_batch_fast(rows["text"], add_special_tokens=False)
-        return {"tokens": [one.ids for one in found]}
 
     features = datasets.Features({"tokens": datasets.Sequence(datasets.Value("uint16"))})
 
     def turn(argument: dict[str, Any]) -> Any:
+        # Read anew for each job, as by the others: a tokenizer remembers the words it has seen.
+        tokenizer = tokenizers.Tokenizer.from_file(settings["tokenizer"])
+        tokenizer.encode_special_tokens = True
+
+        def encode(rows: dict[str, list[str]]) -> dict[str, Any]:
+            found = tokenizer.encode_batch_fast(rows["text"], add_special_tokens=False)
+            return {"tokens": [one.ids for one in found]}
+
         table = datasets.load_dataset(
             "json", data_files=files, split="train", cache_dir=f"{argument['out']}/cache"
         )

@@ -33,6 +33,15 @@ from lcl.train import train
 from tests import tiny
 
 root, run_dir, sizes = pathlib.Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+changes = {}
+if sys.argv[4] == "decomposed":
+    from lcl.data import Decomposition, Mixture, StageData
+    from lcl.stages import Stage
+
+    mixture = Mixture({"alpha": 1.0, "beta": 1.0}, block=8)
+    decomposition = Decomposition(4, 6, cycles=2)
+    data = StageData(mixture, 64, 8, decomposition=decomposition)
+    changes = {"stages": (Stage("both", data, steps=12),)}
 seen = []
 original = assembly.Assembly.put
 
@@ -48,7 +57,7 @@ def put(self, batch, span):
 
 
 assembly.Assembly.put = put
-train(**tiny.settings(root, run_dir, mesh=MeshConfig(**sizes)))
+train(**tiny.settings(root, run_dir, mesh=MeshConfig(**sizes), **changes))
 print(json.dumps({"batches": seen, "devices": len(jax.devices())}))
 """
 
@@ -77,10 +86,10 @@ def done() -> dict[str, tuple[list[str], np.ndarray]]:
 def run_on(base, run_python, done):
     """Runs (or continues) the tiny run called `name` on a mesh; a finished one is not repeated."""
 
-    def run(mesh: str, name: str) -> tuple[list[str], np.ndarray]:
+    def run(mesh: str, name: str, kind: str = "packed") -> tuple[list[str], np.ndarray]:
         if name not in done:
             devices = int(np.prod(list(MESHES[mesh].values())))
-            words = (str(base / "stores"), str(base / name), json.dumps(MESHES[mesh]))
+            words = (str(base / "stores"), str(base / name), json.dumps(MESHES[mesh]), kind)
             result = json.loads(run_python(CHILD, *words, devices=devices).splitlines()[-1])
             assert result["devices"] == devices
             done[name] = result["batches"], losses(base / name)
@@ -98,6 +107,16 @@ def test_batches_are_identical_and_losses_equal_on_every_mesh(run_on):
         assert others == batches, f"mesh {mesh} saw other batches"
         np.testing.assert_allclose(got, want, rtol=LOSS_BOUND, err_msg=f"mesh {mesh}")
         print(f"mesh {mesh}: largest relative difference {np.max(np.abs(got / want - 1)):.1e}")
+
+
+def test_decomposed_batches_are_identical_on_every_mesh(run_on):
+    """Several shapes in one stage: each is split over the devices, and the loss stays."""
+    batches, want = run_on("1", "decomposed-on-1", "decomposed")
+    assert len(batches) == 12 == len(set(batches))
+    for mesh in ("8x1", "2x4"):
+        others, got = run_on(mesh, f"decomposed-on-{mesh}", "decomposed")
+        assert others == batches, f"mesh {mesh} saw other batches"
+        np.testing.assert_allclose(got, want, rtol=LOSS_BOUND, err_msg=f"mesh {mesh}")
 
 
 @pytest.mark.parametrize("first, second", [("1", "2x4"), ("2x2x2", "1")])

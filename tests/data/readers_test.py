@@ -215,7 +215,7 @@ print(json.dumps([out, errors, "tensorflow" in sys.modules]))
     assert all(word in error for word, error in zip(words, errors, strict=True)), errors
 
 
-GIANT = """
+GIANT = r"""
 import pathlib, re, sys
 from lcl.data.prepare import prepare
 kind, path, root, most = sys.argv[1:]

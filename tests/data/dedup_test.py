@@ -16,6 +16,7 @@ from lcl.data.dedup import DedupError, Embedding, MinHash, parse_near_duplicates
 from lcl.data.prepare import prepare
 from lcl.data.testing import make_lexicon, make_text
 
+pytest.importorskip("rensa", reason="the dedup extra, part of dev, has it")
 NEARS = [MinHash(0.7), Embedding(0.95)]
 
 

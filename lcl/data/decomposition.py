@@ -30,16 +30,13 @@ from typing import Any
 import numpy as np
 
 from lcl.data.curricula import Curriculum, GrowP2
-from lcl.data.ordering import named_key
+from lcl.data.ordering import GOLDEN, mix, named_key
 from lcl.data.packing import Layout
 
 TAILS = ("pad", "drop")
 MAX_LOG2 = 30
 # Random draws made at once: bounds the memory that a huge document needs.
 _DRAWS_AT_ONCE = 1 << 20
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # splitmix64
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,19 +289,13 @@ def _draw(
 
     A hash of (key, document, draw), twice splitmix64's finaliser: counters in, no state.
     """
-    word = _mix(document.astype(np.uint64) * _GOLDEN + np.uint64(key))
-    word = _mix(word + draw.astype(np.uint64) * _GOLDEN)
+    word = mix(document.astype(np.uint64) * GOLDEN + np.uint64(key))
+    word = mix(word + draw.astype(np.uint64) * GOLDEN)
     num_buckets = max_log2 - min_log2 + 1
     # u is uniform on 1 .. 2^n - 1; its highest bit is m with probability 2^m / (2^n - 1).
     u = word % np.uint64(2**num_buckets - 1) + np.uint64(1)
     highest = np.frexp(u.astype(np.float64))[1] - 1  # exact: n < 53
     return max_log2 - highest.astype(np.int64)
-
-
-def _mix(word: np.ndarray) -> np.ndarray:
-    word = (word ^ word >> np.uint64(30)) * _MIX_1
-    word = (word ^ word >> np.uint64(27)) * _MIX_2
-    return word ^ word >> np.uint64(31)
 
 
 def _check_buckets(min_log2: int, max_log2: int, tails: str) -> None:

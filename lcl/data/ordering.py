@@ -29,7 +29,7 @@ DEGREES = ("residual", "static")
 
 _NUM_ROUNDS = 8
 _SMALL = 1024  # on a grid this small 8 rounds are not yet uniform over permutations; 24 are
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's increment
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's increment
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)  # splitmix64's multipliers
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 _SHIFT = np.uint64(31)
@@ -85,6 +85,24 @@ def shuffle(num_documents: int, *, seed: int, domain: str) -> np.ndarray:
     return shuffle_with_key(num_documents, named_key("order", seed, domain, bits=128))
 
 
+def mix(words: np.ndarray) -> np.ndarray:
+    """Apply splitmix64's finaliser, a bijection of 64-bit words that scatters their bits.
+
+    Args:
+        words: uint64 array, not a scalar: it wraps without a warning.
+
+    Returns:
+        uint64 array of the same shape.
+
+    Example:
+        >>> len(set(mix(np.arange(1000, dtype=np.uint64)).tolist()))
+        1000
+    """
+    words = (words ^ (words >> np.uint64(30))) * _MIX_1
+    words = (words ^ (words >> np.uint64(27))) * _MIX_2
+    return words ^ (words >> _SHIFT)
+
+
 def _feistel(
     index: np.ndarray,
     num_left: np.ndarray,
@@ -95,7 +113,7 @@ def _feistel(
     """Apply Feistel rounds on the grid Z_left x Z_right; all arrays uint64[n]."""
     left, right = np.divmod(index, num_right)
     for i in range(num_rounds):
-        key = key + _GOLDEN
+        key = key + GOLDEN
         word = ((right if i % 2 == 0 else left) ^ key) * _MIX_1
         word ^= word >> _SHIFT
         word *= _MIX_2

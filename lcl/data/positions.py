@@ -25,11 +25,7 @@ from typing import Any
 import numpy as np
 
 from lcl.data.batch import Batch, Runs, segment_runs
-from lcl.data.ordering import permute
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's increment
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)  # splitmix64's finaliser
-_MIX_2 = np.uint64(0x94D049BB133111EB)
+from lcl.data.ordering import GOLDEN, mix, permute
 
 
 def hash_words(key: int, *counters: Any) -> np.ndarray:
@@ -49,10 +45,7 @@ def hash_words(key: int, *counters: Any) -> np.ndarray:
     arrays = np.broadcast_arrays(*[np.atleast_1d(np.asarray(c, np.int64)) for c in counters])
     words = np.full(arrays[0].shape, key & (2**64 - 1), np.uint64)
     for counter in arrays:
-        words = (words + _GOLDEN) ^ counter.astype(np.uint64)
-        words = (words ^ (words >> np.uint64(30))) * _MIX_1
-        words = (words ^ (words >> np.uint64(27))) * _MIX_2
-        words = words ^ (words >> np.uint64(31))
+        words = mix((words + GOLDEN) ^ counter.astype(np.uint64))
     return words
 
 

@@ -47,7 +47,7 @@ def draw_lengths(report: DataReport, theme: plots.Theme, narrow: bool = False) -
             places, documents, width=0.86, fill=False, edgecolor=theme.ink, linewidth=1.1,
             label="documents",
         )  # fmt: skip
-        _quiet(axes, theme)
+        plots.quiet(axes, theme)
         _title(axes, theme, line.domain)
     for axes in panels:
         axes.set_xlim(low, high)
@@ -79,7 +79,7 @@ def draw_flow(report: DataReport, theme: plots.Theme, narrow: bool = False) -> F
                 color=plots.colour(theme, d), alpha=alpha, label=domain + kind,
             )  # fmt: skip
             below = below + height
-    _quiet(axes, theme)
+    plots.quiet(axes, theme)
     axes.set_xlim(0, stream.num_steps)
     axes.set_ylim(0, 1.06 * total.max())
     axes.yaxis.set_major_formatter(_formatter(lambda v: f"{v:,.0f}"))
@@ -108,7 +108,7 @@ def draw_paths(report: DataReport, theme: plots.Theme, narrow: bool = False) -> 
                 float(values.mean()) if len(values) else 0.0, color=style["color"],
                 linewidth=0.8, linestyle=(0, (4, 3)),
             )  # fmt: skip
-        _quiet(axes, theme)
+        plots.quiet(axes, theme)
         axes.set_ylim(min(0.0, float(path.shuffled.min(initial=0.0)) * 0.5), 1.02)
         axes.set_xlim(0, max(1, len(path.similarity)))
         _title(axes, theme, f"{path.stage}: {path.domain}")
@@ -139,17 +139,6 @@ def _grid(
 
 def _columns(cells: int) -> int:
     return 2 if cells in (2, 4) else min(3, cells)
-
-
-def _quiet(axes: Axes, theme: plots.Theme) -> None:
-    axes.set_facecolor(theme.paper)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(theme.line)
-    axes.tick_params(colors=theme.soft, labelsize=7.5, length=3)
-    axes.grid(axis="y", color=theme.line, linewidth=0.5, alpha=0.7)
-    axes.set_axisbelow(True)
 
 
 def _title(axes: Axes, theme: plots.Theme, text: str) -> None:

@@ -334,6 +334,18 @@ def _fitting_label(index: int, stage: StageInfo, inches: float) -> str:
     return next((x for x in (more, full, str(index + 1)) if 0.062 * len(x) + 0.1 < inches), "")
 
 
+def quiet(axes: Axes, theme: Theme) -> None:
+    """Two spines, a faint grid below the curves, small ticks: what every figure shares."""
+    axes.set_facecolor(theme.paper)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(theme.line)
+    axes.tick_params(colors=theme.soft, labelsize=7.5, length=3)
+    axes.grid(axis="y", color=theme.line, linewidth=0.5, alpha=0.7)
+    axes.set_axisbelow(True)
+
+
 def _finish(
     axes: Axes,
     theme: Theme,
@@ -344,14 +356,7 @@ def _finish(
     xlabel: bool = True,
 ) -> None:
     """Quiet axes, and each curve's name at its end, moved apart where they would touch."""
-    axes.set_facecolor(theme.paper)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(theme.line)
-    axes.tick_params(colors=theme.soft, labelsize=7.5, length=3)
-    axes.grid(axis="y", color=theme.line, linewidth=0.5, alpha=0.7)
-    axes.set_axisbelow(True)
+    quiet(axes, theme)
     axes.set_ylabel(ylabel, color=theme.soft, fontsize=8.5)
     axes.set_xlim(0, max(run.steps_done, 1))
     if xlabel:

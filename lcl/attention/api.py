@@ -22,11 +22,11 @@ from lcl.attention.ambient import (
     ambient_platform,
     axis_size,
 )
-from lcl.attention.blocked import blocked
+from lcl.attention.blockwise import blockwise
 from lcl.attention.mask import Mask
 from lcl.attention.reference import reference
 
-IMPLEMENTATIONS = ("auto", "reference", "blocked")
+IMPLEMENTATIONS = ("auto", "reference", "blockwise")
 
 
 def attend(
@@ -49,9 +49,9 @@ def attend(
       mask: causal, window, prefix, explicit; see `Mask`.
       segment_ids_BT: int32 [B, T], the document of each token, 0 = padding. None: one document.
       row_index_BT: int32 [B, T], the original row index of each token. None: 0 .. T-1 in order.
-      impl: "reference" makes the [T, S] scores and takes everything. "blocked" has linear memory
+      impl: "reference" makes the [T, S] scores and takes everything. "blockwise" has linear memory
         and skips what the mask hides; tokens must be in order, the context axis unsplit. "auto" is
-        "blocked" on CPU where it can run, else "reference". An explicit choice never falls back.
+        "blockwise" on CPU where it can run, else "reference". An explicit choice never falls back.
       scale: multiplies the scores; None is H ** -0.5.
 
     Returns:
@@ -73,11 +73,11 @@ def attend(
         raise ValueError(f"impl={impl!r}: there is no such attention; use one of {IMPLEMENTATIONS}")
     mesh = ambient_mesh()
     if impl != "reference":
-        obstacle = _blocked_obstacle(q_BTNH, mask, row_index_BT, mesh)
-        if impl == "blocked" and obstacle:
-            raise ValueError(f'attention "blocked" cannot run: {obstacle}; use impl="reference"')
-        if not obstacle and (impl == "blocked" or ambient_platform() == "cpu"):
-            kernel = partial(blocked, mask=mask, scale=scale)
+        obstacle = _blockwise_obstacle(q_BTNH, mask, row_index_BT, mesh)
+        if impl == "blockwise" and obstacle:
+            raise ValueError(f'attention "blockwise" cannot run: {obstacle}; use impl="reference"')
+        if not obstacle and (impl == "blockwise" or ambient_platform() == "cpu"):
+            kernel = partial(blockwise, mask=mask, scale=scale)
             return _per_device(kernel, mesh, q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
     return reference(
         q_BTNH,
@@ -109,8 +109,8 @@ def _check_shapes(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, row_index_BT) -> None:
             raise ValueError(f"{name} has shape {x.shape}: need {(batch, length)}")
 
 
-def _blocked_obstacle(q_BTNH, mask: Mask, row_index_BT, mesh: AbstractMesh | None) -> str | None:
-    """Why the blocked kernel cannot serve this call, or None if it can."""
+def _blockwise_obstacle(q_BTNH, mask: Mask, row_index_BT, mesh: AbstractMesh | None) -> str | None:
+    """Why the blockwise kernel cannot serve this call, or None if it can."""
     if row_index_BT is not None:
         return "row_index is given, and it takes tokens in their original order only"
     if mask.explicit is not None:

@@ -16,7 +16,7 @@ spares the second forward; the dense reference computes its scores again. "dots"
 time (measured on a CPU: none), because what it drops is cheap to make and dear to write.
 
 The tags are MaxText's idea (its `query_proj`, `mlpwi_0`, ...); matmuls are kept by tag and not by
-JAX's `dots_*` policies, because those would also keep the score blocks inside a blocked attention.
+JAX's `dots_*` policies, because those would also keep the score blocks inside the kernels.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ def test_auto_takes_whatever_comes():
     "change, words",
     [
         ({"impl": "flash"}, "flash"),
-        ({"impl": "blocked", "row_index_BT": jnp.arange(20)[None]}, "row_index"),
-        ({"impl": "blocked", "mask": Mask(explicit=np.tri(20))}, "explicit"),
+        ({"impl": "blockwise", "row_index_BT": jnp.arange(20)[None]}, "row_index"),
+        ({"impl": "blockwise", "mask": Mask(explicit=np.tri(20))}, "explicit"),
         ({"segment_ids_BT": jnp.ones((1, 19), jnp.int32)}, "segment_ids"),
         ({"v_BSKH": jnp.ones((1, 20, 1, 16))}, r"\(1, 20, 1, 16\)"),
         ({"k_BSKH": jnp.ones((1, 20, 3, 16)), "v_BSKH": jnp.ones((1, 20, 3, 16))}, "multiple of 3"),
@@ -60,12 +60,12 @@ MESHES = {
 for num_kv_heads, meshes in MESHES.items():
     q, k, v, g = inputs(8, 150, 4, num_kv_heads, head_dim=8)
     segment_ids = segments("tail", 8, 150)
-    want = forward_and_gradients(q, k, v, g, segment_ids, impl="blocked")
+    want = forward_and_gradients(q, k, v, g, segment_ids, impl="blockwise")
     for sizes in meshes:
         with jax.set_mesh(mesh := make_mesh(sizes)):
             rows = NamedSharding(mesh, P(("data", "fsdp")))
             args = [jax.device_put(x, rows) for x in (q, k, v, g, segment_ids)]
-            impl = "auto" if sizes[2] > 1 else "blocked"
+            impl = "auto" if sizes[2] > 1 else "blockwise"
             for a, b in zip(forward_and_gradients(*args, impl=impl), want, strict=True):
                 np.testing.assert_allclose(np.asarray(a), b, atol=5e-6)
             if sizes == (8, 1, 1, 1):  # rows are independent: devices have nothing to say
@@ -77,11 +77,11 @@ def refused(sizes, batch, words):
     q, k, v, _ = inputs(batch, 16, 4, 4)
     with jax.set_mesh(make_mesh(sizes)):
         try:
-            attend(q, k, v, impl="blocked")
+            attend(q, k, v, impl="blockwise")
         except ValueError as error:
             assert words in str(error) and chr(10) not in str(error), error
         else:
-            raise AssertionError(f"blocked ran on {sizes}")
+            raise AssertionError(f"blockwise ran on {sizes}")
         attend(q, k, v)
 
 refused((1, 1, 8, 1), 8, "context=8")

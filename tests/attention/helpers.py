@@ -44,8 +44,8 @@ def forward_and_gradients(q, k, v, g, segment_ids, row_index=None, *, impl, mask
 
 
 def assert_matches_reference(q, k, v, g, segment_ids, *, mask, forward=2e-6, gradient=1e-5):
-    """Blocked against dense: output and three gradients, relative to their largest value."""
-    got = forward_and_gradients(q, k, v, g, segment_ids, impl="blocked", mask=mask)
+    """Blockwise against dense: output and three gradients, relative to their largest value."""
+    got = forward_and_gradients(q, k, v, g, segment_ids, impl="blockwise", mask=mask)
     want = forward_and_gradients(q, k, v, g, segment_ids, impl="reference", mask=mask)
     for name, a, b, bound in zip(
         ("out", "dq", "dk", "dv"), got, want, (forward, gradient, gradient, gradient), strict=True

@@ -303,7 +303,7 @@ def logits(batch: Batch, attention: str) -> np.ndarray:
     return np.asarray(decode(params(), jax.tree.map(jnp.asarray, batch), attention))
 
 
-@pytest.mark.parametrize("attention", ["reference", "blocked"])
+@pytest.mark.parametrize("attention", ["reference", "blockwise"])
 @pytest.mark.parametrize(
     "transform", [PoSE(4000), RandomPositions(4000), EndPrompt(4000, (90, 91, 92))]
 )
@@ -323,12 +323,12 @@ def test_a_decoder_sees_what_the_mask_says_wherever_positions_jump(transform, at
 
 
 def test_positions_are_what_the_decoder_rotates_by():
-    """Blocked equals reference under jumps, and a jump is seen."""
+    """Blockwise equals reference under jumps, and a jump is seen."""
     batch = batch_of([[130, 30, 1], [150]], length=170)
     moved = PoSE(4000)(batch, **CALL, places_B=np.arange(2))
     one, other, still = (
         logits(b, attention)
-        for b, attention in ((moved, "blocked"), (moved, "reference"), (batch, "blocked"))
+        for b, attention in ((moved, "blockwise"), (moved, "reference"), (batch, "blockwise"))
     )
     real = batch.segment_ids > 0
     np.testing.assert_allclose(one[real], other[real], atol=2e-5)

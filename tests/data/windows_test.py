@@ -93,7 +93,7 @@ def test_the_pictures():
 
 
 @pytest.mark.parametrize("window", [1, 5, 32, 100, 300])
-@pytest.mark.parametrize("impl", ["reference", "blocked"])
+@pytest.mark.parametrize("impl", ["reference", "blockwise"])
 def test_attention_sees_what_the_inequality_says(impl, window):
     """Several blocks of the kernel, against softmax over the dense inequality in float64."""
     length = 300
@@ -112,7 +112,7 @@ def test_attention_sees_what_the_inequality_says(impl, window):
 def test_a_growing_window_compiles_once():
     ladder = SkyLadder(start=2, end=32, schedule="linear", steps=9)
     q, k, v, _ = inputs(2, 32, 2, 2, head_dim=8)
-    attention = jax.jit(partial(attend, impl="blocked"))
+    attention = jax.jit(partial(attend, impl="blockwise"))
     batch, seen = batch_of(np.ones((2, 32))), set()
     for step in range(10):
         cut = ladder(batch, step=step, **CALL).segment_ids

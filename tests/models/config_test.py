@@ -43,7 +43,10 @@ def test_what_follows_from_the_other_sizes():
         (dict(head_dim=5), "head_dim = 5 must be even"),
         (dict(dtype="bfloat61"), r"dtype = 'bfloat61' .*nearest: 'bfloat16'"),
         (dict(remat="ful"), r"remat = 'ful' must be one of .*nearest: 'full'"),
-        (dict(attention="blocke"), r"attention = 'blocke' must be one of .*nearest: 'blocked'"),
+        (
+            dict(attention="blockwis"),
+            r"attention = 'blockwis' must be one of .*nearest: 'blockwise'",
+        ),
         (dict(rope=10_000.0), "rope = 10000.0 must be a Rope"),
         (dict(mask="causal"), "mask = 'causal' must be a Mask"),
         (dict(norm_eps=0.0), "norm_eps = 0.0 must be above 0"),

@@ -109,13 +109,13 @@ def test_policies_recompute_what_they_say(params):
     assert count["dots"] - count["none"] == 1
 
 
-def test_the_blocked_kernel_s_softmax_sums_are_kept_with_its_output(params):
-    count = {name: backward_matmuls(name, params, "blocked") for name in ("none", "dots")}
+def test_the_blockwise_kernel_s_softmax_sums_are_kept_with_its_output(params):
+    count = {name: backward_matmuls(name, params, "blockwise") for name in ("none", "dots")}
     assert count["dots"] == count["none"], "attention must not run twice"
 
 
 def test_every_tag_is_put_on_a_value(params):
-    config = dataclasses.replace(CONFIG, attention="blocked")
+    config = dataclasses.replace(CONFIG, attention="blockwise")
 
     def loss_fn(params):
         return Decoder(config).apply({"params": params}, TOKENS).sum()

@@ -1,4 +1,4 @@
-"""The blocked kernel against the dense reference: forward and all three gradients."""
+"""The blockwise kernel against the dense reference: forward and all three gradients."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_rows_without_keys_give_zero_and_no_nan():
         jnp.int32
     )
     hidden = np.asarray(segment_ids) == 0
-    for x in forward_and_gradients(q, k, v, g, segment_ids, impl="blocked"):
+    for x in forward_and_gradients(q, k, v, g, segment_ids, impl="blockwise"):
         assert np.isfinite(x).all()
         assert not np.asarray(x)[hidden].any()
         assert np.asarray(x)[~hidden].any()
@@ -95,7 +95,7 @@ def test_rows_without_keys_give_zero_and_no_nan():
 def test_bfloat16(num_kv_heads):
     args = inputs(1, 300, 2, num_kv_heads, dtype=jnp.bfloat16)
     segment_ids = segments("many", 1, 300)
-    got = forward_and_gradients(*args, segment_ids, impl="blocked")
+    got = forward_and_gradients(*args, segment_ids, impl="blockwise")
     want = forward_and_gradients(
         *(x.astype(jnp.float32) for x in args), segment_ids, impl="reference"
     )
@@ -107,7 +107,7 @@ def test_bfloat16(num_kv_heads):
 def test_memory_is_linear_in_the_row():
     def temporaries(length):
         args = inputs(1, length, 2, 1)
-        lowered = forward_and_gradients.lower(*args, segments("many", 1, length), impl="blocked")
+        lowered = forward_and_gradients.lower(*args, segments("many", 1, length), impl="blockwise")
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     small, large = temporaries(1024), temporaries(4096)
@@ -131,13 +131,13 @@ def leaks(impl: str, segment_ids, told_segments) -> int:
     return count
 
 
-@pytest.mark.parametrize("impl", ["blocked", "reference"])
+@pytest.mark.parametrize("impl", ["blockwise", "reference"])
 def test_no_document_leaks_into_another(impl):
     segment_ids = segments("tail", 1, 400)
     assert leaks(impl, segment_ids, segment_ids) == 0
 
 
-@pytest.mark.parametrize("impl", ["blocked", "reference"])
+@pytest.mark.parametrize("impl", ["blockwise", "reference"])
 def test_the_leak_probe_catches_an_attention_without_segments(impl):
     segment_ids = segments("many", 1, 400)
     num_others = int((segment_ids != 1).sum())
@@ -152,7 +152,7 @@ def test_under_vmap_and_remat():
     want = forward_and_gradients(q, k, v, g, segment_ids, impl="reference")
 
     def one(q, k, v, g, segment_ids):
-        run = jax.checkpoint(lambda *x: forward_and_gradients(*x, impl="blocked"))
+        run = jax.checkpoint(lambda *x: forward_and_gradients(*x, impl="blockwise"))
         return run(q, k, v, g, segment_ids)
 
     got = jax.vmap(one)(*(x[:, None] for x in (q, k, v, g, segment_ids)))

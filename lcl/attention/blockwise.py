@@ -1,4 +1,4 @@
-"""Blocked attention with its own backward: linear memory, work only where the mask lets one see.
+"""Blockwise attention with its own backward: linear memory, work only where the mask lets one see.
 
 Legend: B batch, T length (padded to whole blocks), N query heads, K key/value heads, G = N / K
 query heads a key head, M = B * K, H head dim (H1: and a column of ones), C block length, J = T / C
@@ -46,7 +46,7 @@ _NO_MAXIMUM = -1e30
 _NO_SUM = 1e30
 
 
-def blocked(
+def blockwise(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
@@ -76,12 +76,12 @@ def blocked(
     Example:
       >>> import jax.numpy as jnp
       >>> ones = jnp.ones((1, 2, 1, 4))
-      >>> out = blocked(ones, ones, jnp.array([[[[2.0]], [[4.0]]]]) * ones, mask=Mask())
+      >>> out = blockwise(ones, ones, jnp.array([[[[2.0]], [[4.0]]]]) * ones, mask=Mask())
       >>> out[0, :, 0, 0].tolist()
       [2.0, 3.0]
     """
     if mask.explicit is not None:
-        raise ValueError('attention "blocked" takes no explicit mask; use impl="reference"')
+        raise ValueError('attention "blockwise" takes no explicit mask; use impl="reference"')
     batch, length, num_heads, head_dim = q_BTNH.shape
     scale = head_dim**-0.5 if scale is None else scale
     padding = -length % block

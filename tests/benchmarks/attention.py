@@ -1,7 +1,7 @@
 """Attention, forward + backward, against PyTorch's scaled_dot_product_attention on one CPU core.
 
-    python tests/benchmarks/attention_cpu.py                    # T 1,024 and 4,096
-    python tests/benchmarks/attention_cpu.py --lengths 8192 --rounds 9
+    python tests/benchmarks/attention.py                    # T 1,024 and 4,096
+    python tests/benchmarks/attention.py --lengths 8192 --rounds 9
 
 Each side has a process of its own, pinned to one core, and they take turns call by call (in one
 process they spoil each other's memory). What is printed is process-CPU time, which is stable on a
@@ -45,7 +45,7 @@ def our_call(length: int, count: int, dtype: str):
     @jax.jit
     def run(q, k, v, g, segment_ids):
         out, vjp = jax.vjp(
-            lambda *x: attend(*x, segment_ids_BT=segment_ids, impl="blocked"), q, k, v
+            lambda *x: attend(*x, segment_ids_BT=segment_ids, impl="blockwise"), q, k, v
         )
         return out, vjp(g)
 

@@ -6,14 +6,18 @@ list.
 
     parameter  mlp/kernel  ("layers", "embed", "mlp")
                                |         |       |
-    rules                    None      fsdp    tensor        ->  P(None, "fsdp", "tensor")
+    rules                    None  fsdp,context  tensor  ->  P(None, ("fsdp", "context"), "tensor")
 
-Activations have names of their own where they must lie differently: a parameter's "embed" is cut
-over `fsdp` (ZeRO-3: gathered just before use), while the residual stream's is not, because its
-batch dim already takes `fsdp`; were both called "embed", the result would hang on the order in
-which conflicts are settled. "activation_embed" -> None keeps the residual stream whole on every
-chip of a tensor group (Megatron's plain form): one all-reduce a block, no gather before each norm.
-Sequence-parallel norms would say "tensor" here.
+A parameter's "embed" is cut over `fsdp` and over `context` (ZeRO-3 over both: gathered just before
+use, its gradient reduce-scattered). Chips that share a row of tokens hold different tokens, so to
+the parameters they are what chips with different rows are; left out, 64 chips that share one
+row of a million tokens would each keep the whole model and its moments.
+
+Activations have names of their own where they must lie differently: the residual stream's embed dim
+is not cut, because its batch and sequence dims already take `fsdp` and `context`; were both called
+"embed", the result would hang on the order in which conflicts are settled. "activation_embed" ->
+None keeps the residual stream whole on every chip of a tensor group (Megatron's plain form): one
+all-reduce a block, no gather before each norm. Sequence-parallel norms would say "tensor" here.
 """
 
 from __future__ import annotations
@@ -42,7 +46,7 @@ LOGICAL_AXIS_RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("activation_vocab", "tensor"),
     # parameters (and optimizer moments, which carry the names of their parameters)
     ("vocab", "tensor"),
-    ("embed", "fsdp"),
+    ("embed", ("fsdp", "context")),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
     ("head_dim", None),
@@ -74,7 +78,7 @@ def mesh_spec(names: Sequence[str | None], rules: Rules = LOGICAL_AXIS_RULES) ->
 
     Example:
         >>> import jax
-        >>> mesh_spec(("layers", "embed", "mlp")) == jax.P(None, "fsdp", "tensor")
+        >>> mesh_spec(("layers", "embed", "mlp")) == jax.P(None, ("fsdp", "context"), "tensor")
         True
     """
     from jax.sharding import PartitionSpec
@@ -174,8 +178,8 @@ def sharding_dump(tree: Any, rules: Rules = LOGICAL_AXIS_RULES) -> dict[str, Any
     reading.
 
     Returns:
-        {"params/layers/mlp/up/kernel": {"shape": [2, 64, 176], "spec": [null, "fsdp", "tensor"]},
-        ...}
+        {"params/layers/mlp/up/kernel":
+            {"shape": [2, 64, 176], "spec": [null, ["fsdp", "context"], "tensor"]}, ...}
     """
     import jax
 
@@ -228,10 +232,11 @@ def check_batch_shape(mesh: Mesh, batch_size: int, sequence_length: int) -> None
 
 
 def check_model_splits(config: Any, mesh: Mesh) -> None:
-    """Refuses a model whose heads the mesh can't split, when the config is built.
+    """Refuses a model whose dims the mesh can't split, when the config is built.
 
     Keys and values are never replicated silently when `num_kv_heads` is too small for `tensor`: it
-    would cost memory, and a chip's query heads would no longer sit beside their own keys.
+    would cost memory, and a chip's query heads would no longer sit beside their own keys. Nor is a
+    parameter left whole whose `embed_dim` the product of `fsdp` and `context` does not divide.
 
     Args:
         config: anything with the size fields of lcl.models.DecoderConfig.
@@ -240,16 +245,22 @@ def check_model_splits(config: Any, mesh: Mesh) -> None:
     Raises:
         ValueError: names the field, its value, the degree and the degrees that fit.
     """
-    tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
-    fields = [(name, tensor) for name in ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size")]
-    for name, degree in [*fields, ("embed_dim", fsdp)]:
-        size = getattr(config, name)
+    fields = [(name, ("tensor",)) for name in ("num_heads", "num_kv_heads", "mlp_dim")]
+    for name, axes in [*fields, ("vocab_size", ("tensor",)), ("embed_dim", _axes_of("embed"))]:
+        size, degree = getattr(config, name), int(np.prod([mesh.shape[axis] for axis in axes]))
         if size % degree:
-            axis = "fsdp" if name == "embed_dim" else "tensor"
-            fits = [d for d in range(1, degree + 1) if size % d == 0]
+            # An axis of size 1 is not part of the trouble; naming it would only mislead.
+            split = [axis for axis in axes if mesh.shape[axis] > 1]
+            fits = ", ".join(str(d) for d in range(1, degree + 1) if size % d == 0)
+            if len(split) == 1:
+                raise ValueError(
+                    f"{name} = {size} does not split over {split[0]} = {degree}: set mesh "
+                    f"{split[0]} to one of {fits}, or change {name}"
+                )
+            product = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in split)
             raise ValueError(
-                f"{name} = {size} does not split over {axis} = {degree}: set mesh {axis} to one of "
-                f"{', '.join(map(str, fits))}, or change {name}"
+                f"{name} = {size} does not split over {product} = {degree}: choose sizes of "
+                f"{' and '.join(split)} whose product is one of {fits}, or change {name}"
             )
 
 
@@ -331,6 +342,12 @@ def global_batch(stream: Any, step: int, mesh: Mesh) -> Any:
     return put_batch(stream.batch(step, rows), mesh, rows=rows, batch_size=batch_size)
 
 
+def _axes_of(name: str, rules: Rules = LOGICAL_AXIS_RULES) -> tuple[str, ...]:
+    """The mesh axes that a logical axis is cut over."""
+    axes = dict(rules)[name]
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
 def _is_box(leaf: Any) -> bool:
     """Whether this node is one of flax's partitioning boxes: a pytree node with `names`."""
     from flax.core import meta
@@ -347,7 +364,7 @@ def _check_divides(
         if size % degree:
             raise ValueError(
                 f"{where}: {name} of {size} does not split over mesh axis {' x '.join(axes)} = "
-                f"{degree}: choose a {axes[0]} degree that divides {size}, or another {name} size"
+                f"{degree}: choose a degree that divides {size}, or another {name} size"
             )
 
 

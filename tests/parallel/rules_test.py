@@ -77,10 +77,16 @@ def test_every_rule_names_mesh_axes_and_every_name_has_one_rule():
 @pytest.mark.parametrize(
     ("names", "spec"),
     [
-        (("vocab", "embed"), PartitionSpec("tensor", "fsdp")),
-        (("layers", "embed", "heads", "head_dim"), PartitionSpec(None, "fsdp", "tensor", None)),
-        (("layers", "embed", "kv_heads", "head_dim"), PartitionSpec(None, "fsdp", "tensor", None)),
-        (("mlp", "embed"), PartitionSpec("tensor", "fsdp")),
+        (("vocab", "embed"), PartitionSpec("tensor", ("fsdp", "context"))),
+        (
+            ("layers", "embed", "heads", "head_dim"),
+            PartitionSpec(None, ("fsdp", "context"), "tensor", None),
+        ),
+        (
+            ("layers", "embed", "kv_heads", "head_dim"),
+            PartitionSpec(None, ("fsdp", "context"), "tensor", None),
+        ),
+        (("mlp", "embed"), PartitionSpec("tensor", ("fsdp", "context"))),
         (("norm",), PartitionSpec(None)),
         ((None, "mlp"), PartitionSpec(None, "tensor")),
         (("batch", "sequence"), PartitionSpec(("data", "fsdp"), "context")),
@@ -127,7 +133,7 @@ def test_moments_lie_where_their_parameters_lie(golden):
     for moment in ("mu", "nu"):
         for leaf in ("up", "down", "scale"):
             assert dump[f"opt_state/1/0/{moment}/{leaf}"] == dump[f"params/{leaf}"]
-    assert dump["params/up"] == {"shape": [3, 8, 16], "spec": [None, "fsdp", "tensor"]}
+    assert dump["params/up"] == {"shape": [3, 8, 16], "spec": [None, ["fsdp", "context"], "tensor"]}
     assert dump["step"] == {"shape": [], "spec": []}
     text = dumps(dump)
     assert json.loads(text) == dump
@@ -147,8 +153,8 @@ def test_the_abstract_state_is_the_unboxed_state_with_shardings():
 def test_a_dim_that_does_not_split_is_refused_by_its_path():
     boxed = jax.eval_shape(lambda: init_state(Layer(dim=6)))
     message = (
-        r"opt_state/1/0/mu/down: embed of 6 does not split over mesh axis fsdp = 4: "
-        r"choose a fsdp degree that divides 6"
+        r"opt_state/1/0/mu/down: embed of 6 does not split over mesh axis fsdp x context = 4: "
+        r"choose a degree that divides 6"
     )
     with pytest.raises(ValueError, match=message):
         state_shardings(boxed, mesh_of(fsdp=4))
@@ -170,6 +176,8 @@ def test_kv_heads_that_tensor_can_not_split_are_refused_at_the_door():
         check_model_splits(config, mesh_of(tensor=4))
     with pytest.raises(ValueError, match=r"embed_dim = 64 does not split over fsdp = 3"):
         check_model_splits(config, mesh_of(fsdp=3))
+    with pytest.raises(ValueError, match=r"embed_dim = 64 .* over fsdp 8 x context 16 = 128: .*64"):
+        check_model_splits(config, mesh_of(fsdp=8, context=16))
 
 
 @pytest.mark.parametrize(
@@ -235,7 +243,8 @@ for sizes in [dict(), dict(data=2, fsdp=4), dict(data=2, fsdp=2, tensor=2),
     assert again.sharding == put.sharding
     abstract = abstract_state(boxed, mesh)["params"]["up"]
     assert abstract.sharding.shard_shape(abstract.shape) == (
-        3, 8 // mesh.shape["fsdp"], 16 // mesh.shape["tensor"]), (sizes, abstract)
+        3, 8 // (mesh.shape["fsdp"] * mesh.shape["context"]), 16 // mesh.shape["tensor"]
+    ), (sizes, abstract)
     if sizes != dict(data=2, fsdp=2, tensor=2):
         continue
     state = jax.jit(lambda: unbox(init_state()), out_shardings=state_shardings(boxed, mesh))()

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ def _schedule(build: Callable[..., Curve]) -> Callable[..., Schedule]:
     """Lets `build` return a `Schedule` that remembers its settings, defaults included."""
 
     @functools.wraps(build)
-    def wrapped(**settings: float | int | str | None) -> Schedule:
+    def wrapped(**settings: Any) -> Schedule:
         bound = inspect.signature(build).bind(**settings)
         bound.apply_defaults()
         text = ", ".join(f"{name}={value!r}" for name, value in bound.arguments.items())
@@ -173,6 +174,225 @@ def cosine(*, peak: float, final: float, warmup_steps: int, total_steps: int) ->
         decay_steps=total_steps,
         end_value=final,
     )
+
+
+@_schedule
+def repeated_cosine(*, peak: float, final: float, warmup_steps: int, cycle_steps: int) -> Curve:
+    r"""Warm up, decay along half a cosine, and again from the start, every `cycle_steps`, for ever.
+
+        peak    /\      /\      /\
+               /  `.   /  `.   /  `.
+        final /     `./     `./     `.        re-warming and re-decaying: one cycle a stage
+
+    What "Simple and Scalable Strategies to Continually Pre-train" (2403.08763) does at every new
+    dataset, and the schedule that an infinite one is compared with. Each cycle starts at zero, as
+    the first does; a cycle's last step is the one before its end, so the rate `final` is only
+    approached (`optax.sgdr_schedule`, of which this is the equal-cycle case, does the same).
+
+    Args:
+      peak: learning rate at the end of each warm-up.
+      final: learning rate at the end of each cycle.
+      warmup_steps: steps of a cycle that warm up, 0 or more.
+      cycle_steps: length of a cycle, above warmup_steps.
+
+    Raises:
+      ValueError: rates that are not positive, or a warm-up that does not fit into the cycle.
+
+    >>> rate = repeated_cosine(peak=1.0, final=0.1, warmup_steps=10, cycle_steps=110)
+    >>> [round(float(rate(n)), 3) for n in (0, 10, 60, 110, 120, 10 * 110 + 60)]
+    [0.0, 1.0, 0.55, 0.0, 1.0, 0.55]
+    """
+    _check_rates(peak=peak, final=final)
+    _check_counts(warmup_steps=warmup_steps)
+    if cycle_steps <= warmup_steps:
+        raise ValueError(
+            f"repeated_cosine schedule: cycle_steps={cycle_steps} must exceed "
+            f"warmup_steps={warmup_steps}"
+        )
+    cycle = optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if warmup_steps else peak,
+        peak_value=peak,
+        warmup_steps=warmup_steps,
+        decay_steps=cycle_steps,
+        end_value=final,
+    )
+    return lambda step: cycle(jnp.asarray(step) % cycle_steps)
+
+
+@_schedule
+def inverse_sqrt(*, peak: float, warmup_steps: int, timescale: int | None = None) -> Curve:
+    """Linear warm-up to `peak`, then peak * sqrt(timescale / (timescale + n - warmup_steps)).
+
+    It never ends and never settles: the reciprocal square root of T5 (1910.10683, section 3.1.2)
+    and of "Scaling Vision Transformers" (2106.04560, section 3.5, whose timescale it has).
+
+    Args:
+      peak: learning rate at the end of the warm-up.
+      warmup_steps: 0 or more.
+      timescale: steps after the warm-up at which the rate is peak / sqrt(2); None is warmup_steps,
+        which makes it peak * sqrt(warmup_steps / n), T5's.
+
+    Raises:
+      ValueError: a rate that is not positive, or no timescale (a warm-up of 0 gives none).
+
+    >>> rate = inverse_sqrt(peak=1.0, warmup_steps=100)
+    >>> [round(float(rate(n)), 3) for n in (0, 50, 100, 400, 10_000)]
+    [0.0, 0.5, 1.0, 0.5, 0.1]
+    """
+    _check_rates(peak=peak)
+    _check_counts(warmup_steps=warmup_steps)
+    scale = warmup_steps if timescale is None else timescale
+    if scale < 1:
+        raise ValueError(
+            f"inverse_sqrt schedule: timescale={timescale} with warmup_steps={warmup_steps}: "
+            "give a timescale of at least 1 step"
+        )
+
+    def fall(step: jax.typing.ArrayLike) -> jax.Array:
+        return peak * jnp.sqrt(scale / (scale + jnp.asarray(step, jnp.float32)))
+
+    if not warmup_steps:
+        return fall
+    return optax.join_schedules(
+        [optax.linear_schedule(0.0, peak, warmup_steps), fall], [warmup_steps]
+    )
+
+
+@_schedule
+def wsd(
+    *,
+    peak: float,
+    final: float,
+    warmup_steps: int,
+    decay_start: int | None = None,
+    decay_steps: int | None = None,
+    decay: str = "exponential",
+) -> Curve:
+    r"""Warm-up, stable, decay: `peak` for as long as one likes, then down to `final`.
+
+        peak      .-----------------.
+                 /                   \
+        0, final                      `-----
+              warm-up    stable     decay
+
+    Args:
+      peak: learning rate of the stable phase.
+      final: learning rate from decay_start + decay_steps on.
+      warmup_steps: 0 or more.
+      decay_start: first step of the decay, or None for never (the default: it has no end).
+      decay_steps: length of the decay; needed with decay_start.
+      decay: "exponential" (MiniCPM's), "linear", "cosine", "sqrt" (1 - sqrt(x), 2405.18392) or
+        "inverse" (1 / rate goes linearly, 2410.05192, which calls it the decay of WSD-S).
+
+    Raises:
+      ValueError: an impossible knee, rate or shape.
+
+    Source: MiniCPM (2404.06395), section 4.2.
+
+    >>> rate = wsd(peak=1.0, final=0.01, warmup_steps=10, decay_start=100, decay_steps=20)
+    >>> [round(float(rate(n)), 3) for n in (0, 5, 10, 100, 110, 120, 500)]
+    [0.0, 0.5, 1.0, 1.0, 0.1, 0.01, 0.01]
+    """
+    ends = () if decay_start is None else (decay_start + (decay_steps or 0),)
+    return _wsd("wsd", peak, final, warmup_steps, ends, decay_steps, decay, resume=False)
+
+
+@_schedule
+def wsd_s(
+    *,
+    peak: float,
+    final: float,
+    warmup_steps: int,
+    decay_ends: Sequence[int],
+    decay_steps: int,
+    decay: str = "inverse",
+) -> Curve:
+    r"""WSD simplified: decays before each checkpoint one wants, and goes on from the decayed state.
+
+        peak      .--------.   .--------.   .-----
+                 /          \  |         \  |
+        final   /            `-'          `-'            no branch: the same run, again at `peak`
+
+    "Understanding Warmup-Stable-Decay Learning Rates" (2410.05192): a decayed checkpoint is worth
+    as much as a branch's, and what the decay learned is not thrown away.
+
+    Args:
+      peak, final, warmup_steps: as in `wsd`.
+      decay_ends: the steps at which a decay has reached `final`, ascending; the rate is `peak`
+        again one step later.
+      decay_steps: length of each decay.
+      decay: as in `wsd`.
+
+    Raises:
+      ValueError: decays that overlap each other or the warm-up.
+
+    >>> rate = wsd_s(peak=1.0, final=0.1, warmup_steps=10, decay_ends=[100, 200], decay_steps=18)
+    >>> [round(float(rate(n)), 3) for n in (10, 82, 91, 100, 101, 182, 200, 201)]
+    [1.0, 1.0, 0.182, 0.1, 1.0, 1.0, 0.1, 1.0]
+    """
+    if not decay_ends:
+        raise ValueError("wsd_s schedule: decay_ends is empty; name the steps to decay towards")
+    return _wsd("wsd_s", peak, final, warmup_steps, decay_ends, decay_steps, decay, resume=True)
+
+
+# Shapes of a decay: from `peak` at x = 0 to `final` at x = 1.
+_DECAYS: dict[str, Callable[[float, float, jax.Array], jax.Array]] = {
+    "exponential": lambda peak, final, x: peak * (final / peak) ** x,
+    "linear": lambda peak, final, x: peak + (final - peak) * x,
+    "cosine": lambda peak, final, x: final + (peak - final) * 0.5 * (1.0 + jnp.cos(jnp.pi * x)),
+    "sqrt": lambda peak, final, x: final + (peak - final) * (1.0 - jnp.sqrt(x)),
+    "inverse": lambda peak, final, x: 1.0 / ((1.0 - x) / peak + x / final),
+}
+
+
+def _wsd(
+    name: str,
+    peak: float,
+    final: float,
+    warmup_steps: int,
+    decay_ends: Sequence[int],
+    decay_steps: int | None,
+    decay: str,
+    *,
+    resume: bool,
+) -> Curve:
+    """Warm-up, then `peak` but for the decays; `resume`: at `peak` again after each."""
+    _check_rates(peak=peak, final=final)
+    _check_counts(warmup_steps=warmup_steps)
+    if decay not in _DECAYS:
+        raise ValueError(
+            f"{name} schedule: decay={decay!r} is unknown; use one of {', '.join(_DECAYS)}"
+        )
+    if decay_ends and (decay_steps is None or decay_steps < 1):
+        raise ValueError(f"{name} schedule: a decay needs decay_steps >= 1, got {decay_steps}")
+    before = warmup_steps
+    for end in decay_ends:
+        if end - (decay_steps or 0) < before:
+            raise ValueError(
+                f"{name} schedule: the decay that ends at step {end} begins at "
+                f"{end - (decay_steps or 0)}, but the stable phase only at {before}; decay later "
+                "or shorter"
+            )
+        before = end
+    rise = optax.linear_schedule(0.0, peak, warmup_steps) if warmup_steps else _constant(peak)
+    ends, fall = jnp.asarray(tuple(decay_ends), jnp.int32), _DECAYS[decay]
+
+    def curve(step: jax.typing.ArrayLike) -> jax.Array:
+        now = jnp.asarray(step, jnp.int32)
+        rate = jnp.where(now < warmup_steps, rise(now), peak)
+        if not decay_ends:
+            return rate
+        # The first end that is not past; once all are, the last (or none, where one goes on).
+        place = jnp.searchsorted(ends, now)
+        left = ends[jnp.minimum(place, len(decay_ends) - 1)] - now
+        assert decay_steps is not None
+        x = jnp.clip(1.0 - left / decay_steps, 0.0, 1.0)
+        decaying = x > 0.0
+        if resume:
+            decaying = decaying & (place < len(decay_ends))
+        return jnp.where(decaying, fall(peak, final, x), rate)
+
+    return curve
 
 
 @_schedule

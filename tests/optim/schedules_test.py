@@ -5,9 +5,18 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import optax
 import pytest
 
-from lcl.optim import constant, cosine, infinite
+from lcl.optim import (
+    constant,
+    cosine,
+    infinite,
+    inverse_sqrt,
+    repeated_cosine,
+    wsd,
+    wsd_s,
+)
 
 PEAK, CONST, FINAL = 1e-3, 2e-4, 1e-5
 WARMUP, COOLDOWN, START, ANNEAL = 10, 20, 100, 40
@@ -89,9 +98,90 @@ def test_cosine_and_constant_knees():
     np.testing.assert_allclose(rates(constant(rate=0.3, warmup_steps=3), [0, 3, 99]), [0, 0.3, 0.3])
 
 
+def test_repeated_cosine_equals_optax_sgdr():
+    ours = repeated_cosine(peak=PEAK, final=FINAL, warmup_steps=10, cycle_steps=50)
+    cycle = {
+        "init_value": 0.0,
+        "peak_value": PEAK,
+        "warmup_steps": 10,
+        "decay_steps": 50,
+        "end_value": FINAL,
+    }
+    peer = optax.sgdr_schedule([cycle] * 3)
+    steps = [0, 1, 9, 10, 11, 49, 50, 51, 59, 60, 61, 99, 100, 101, 149]
+    np.testing.assert_allclose(rates(ours, steps), rates(peer, steps), rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(rates(ours, [50 * 9 + 30]), rates(ours, [30]))  # for ever
+
+
+def test_inverse_sqrt_around_its_knee():
+    schedule = inverse_sqrt(peak=PEAK, warmup_steps=16)
+    want = [PEAK * min(n / 16, math.sqrt(16 / max(n, 1))) for n in (0, 15, 16, 17, 64, 1600)]
+    np.testing.assert_allclose(rates(schedule, [0, 15, 16, 17, 64, 1600]), want, rtol=1e-5)
+    slow = inverse_sqrt(peak=PEAK, warmup_steps=0, timescale=100)
+    np.testing.assert_allclose(rates(slow, [0, 100]), [PEAK, PEAK / math.sqrt(2)], rtol=1e-5)
+
+
+DECAYS = {
+    "exponential": lambda x: PEAK * (FINAL / PEAK) ** x,
+    "linear": lambda x: PEAK + (FINAL - PEAK) * x,
+    "cosine": lambda x: FINAL + (PEAK - FINAL) / 2 * (1 + math.cos(math.pi * x)),
+    "sqrt": lambda x: FINAL + (PEAK - FINAL) * (1 - math.sqrt(x)),
+    "inverse": lambda x: 1 / ((1 - x) / PEAK + x / FINAL),
+}
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_wsd_around_every_knee(decay):
+    schedule = wsd(
+        peak=PEAK, final=FINAL, warmup_steps=10, decay_start=100, decay_steps=20, decay=decay
+    )
+    steps = [0, 9, 10, 11, 99, 100, 101, 110, 119, 120, 121, 10**6]
+    want = [
+        PEAK * n / 10 if n < 10 else DECAYS[decay](min(max(n - 100, 0), 20) / 20) for n in steps
+    ]
+    np.testing.assert_allclose(rates(schedule, steps), want, rtol=1e-4)
+
+
+def test_wsd_without_a_decay_has_no_end():
+    schedule = wsd(peak=PEAK, final=FINAL, warmup_steps=0)
+    np.testing.assert_allclose(rates(schedule, [0, 10**7]), PEAK, rtol=1e-6)
+
+
+def test_wsd_s_goes_on_at_its_peak_from_the_decayed_state():
+    schedule = wsd_s(
+        peak=PEAK,
+        final=FINAL,
+        warmup_steps=10,
+        decay_ends=[60, 100],
+        decay_steps=20,
+        decay="linear",
+    )
+    steps = [9, 10, 40, 41, 50, 59, 60, 61, 80, 81, 90, 100, 101, 10**6]
+    fall = DECAYS["linear"]
+    want = [PEAK * 0.9, PEAK, PEAK, fall(1 / 20), fall(0.5), fall(19 / 20), FINAL, PEAK, PEAK]
+    want += [fall(1 / 20), fall(0.5), FINAL, PEAK, PEAK]
+    np.testing.assert_allclose(rates(schedule, steps), want, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     "build, names",
     [
+        (
+            lambda: repeated_cosine(peak=1, final=0.1, warmup_steps=5, cycle_steps=5),
+            "cycle_steps=5",
+        ),
+        (lambda: inverse_sqrt(peak=1, warmup_steps=0), "timescale"),
+        (lambda: wsd(peak=1, final=0.1, warmup_steps=0, decay="cubic"), "'cubic'"),
+        (lambda: wsd(peak=1, final=0.1, warmup_steps=5, decay_start=9), "decay_steps >= 1"),
+        (
+            lambda: wsd(peak=1, final=0.1, warmup_steps=5, decay_start=4, decay_steps=3),
+            "the stable phase only at 5",
+        ),
+        (
+            lambda: wsd_s(peak=1, final=0.1, warmup_steps=5, decay_ends=[20, 30], decay_steps=12),
+            "the stable phase only at 20",
+        ),
+        (lambda: wsd_s(peak=1, final=0.1, warmup_steps=5, decay_ends=[], decay_steps=2), "empty"),
         (lambda: infinite(peak=0, constant=1, final=1, warmup_steps=0, cooldown_steps=0), "peak=0"),
         (
             lambda: infinite(

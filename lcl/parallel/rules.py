@@ -70,6 +70,17 @@ def replace_rules(rules: Rules = LOGICAL_AXIS_RULES, **changes: Any) -> Rules:
     return tuple((name, changes.get(name, axes)) for name, axes in rules)
 
 
+def axes_of(name: str, rules: Rules = LOGICAL_AXIS_RULES) -> tuple[str, ...]:
+    """The mesh axes that a logical axis is cut over, the slowest first; none for a whole dim.
+
+    Example:
+        >>> axes_of("embed"), axes_of("mlp"), axes_of("norm")
+        (('fsdp', 'context'), ('tensor',), ())
+    """
+    axes = dict(rules)[name]
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
 def mesh_spec(names: Sequence[str | None], rules: Rules = LOGICAL_AXIS_RULES) -> PartitionSpec:
     """The PartitionSpec of an array whose dims have these logical names (None = not split).
 
@@ -246,7 +257,7 @@ def check_model_splits(config: Any, mesh: Mesh) -> None:
         ValueError: names the field, its value, the degree and the degrees that fit.
     """
     fields = [(name, ("tensor",)) for name in ("num_heads", "num_kv_heads", "mlp_dim")]
-    for name, axes in [*fields, ("vocab_size", ("tensor",)), ("embed_dim", _axes_of("embed"))]:
+    for name, axes in [*fields, ("vocab_size", ("tensor",)), ("embed_dim", axes_of("embed"))]:
         size, degree = getattr(config, name), int(np.prod([mesh.shape[axis] for axis in axes]))
         if size % degree:
             # An axis of size 1 is not part of the trouble; naming it would only mislead.
@@ -340,12 +351,6 @@ def global_batch(stream: Any, step: int, mesh: Mesh) -> Any:
     batch_size, _ = stream.batch_shape(step)
     rows = process_rows(mesh, batch_size)
     return put_batch(stream.batch(step, rows), mesh, rows=rows, batch_size=batch_size)
-
-
-def _axes_of(name: str, rules: Rules = LOGICAL_AXIS_RULES) -> tuple[str, ...]:
-    """The mesh axes that a logical axis is cut over."""
-    axes = dict(rules)[name]
-    return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
 def _is_box(leaf: Any) -> bool:

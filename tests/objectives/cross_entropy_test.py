@@ -64,20 +64,26 @@ def assert_close(got, want, bound=2e-6):
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
-@pytest.mark.parametrize("chunk_size", [1, 20, 37, 512])
-def test_value_and_gradients(chunk_size, z_loss):
+@pytest.mark.parametrize(
+    "chunks", [(1, None), (20, None), (37, None), (512, None), (20, 7), (2, 25), (512, 64)]
+)
+def test_value_and_gradients(chunks, z_loss):
     args = inputs()
-    assert_close(ours(*args, chunk_size=chunk_size, z_loss=z_loss), exact(*args, z_loss))
+    got = ours(*args, chunk_size=chunks[0], vocab_chunk=chunks[1], z_loss=z_loss)
+    assert_close(got, exact(*args, z_loss))
 
 
-def test_large_logits():
+@pytest.mark.parametrize("vocab_chunk", [None, 7])
+def test_large_logits(vocab_chunk):
     hidden, *rest = inputs()
-    assert_close(ours(100 * hidden, *rest), exact(100 * hidden, *rest), bound=1e-5)
+    got = ours(100 * hidden, *rest, vocab_chunk=vocab_chunk)
+    assert_close(got, exact(100 * hidden, *rest), bound=1e-5)
 
 
-def test_without_any_weight():
+@pytest.mark.parametrize("vocab_chunk", [None, 7])
+def test_without_any_weight(vocab_chunk):
     hidden, kernel, targets, weights = inputs()
-    (total, nll), gradients = ours(hidden, kernel, targets, 0 * weights)
+    (total, nll), gradients = ours(hidden, kernel, targets, 0 * weights, vocab_chunk=vocab_chunk)
     assert total == 0.0
     assert np.isfinite(nll).all()
     assert not gradients[0].any()
@@ -93,9 +99,10 @@ def test_nll_carries_no_gradient():
     assert not jax.grad(f)(hidden).any()
 
 
-def test_bfloat16_operands_float32_statistics():
+@pytest.mark.parametrize("vocab_chunk", [None, 7])
+def test_bfloat16_operands_float32_statistics(vocab_chunk):
     args = inputs(dim=64)
-    (total, nll), gradients = ours(*args, dtype="bfloat16", chunk_size=20)
+    (total, nll), gradients = ours(*args, dtype="bfloat16", chunk_size=20, vocab_chunk=vocab_chunk)
     (want, _), want_gradients = exact(*args)
     assert nll.dtype == total.dtype == jnp.float32
     assert abs(total / want - 1) < 2e-3
@@ -134,6 +141,10 @@ def test_evaluation_computes_no_gradients():
     evaluate = num_dots(chunked_cross_entropy, *args)
     train = num_dots(jax.grad(lambda *x: chunked_cross_entropy(*x)[0], (0, 1)), *args)
     assert (evaluate, train) == (1, 3)
+    by_vocabulary = partial(chunked_cross_entropy, vocab_chunk=7)
+    evaluate = num_dots(by_vocabulary, *args)
+    train = num_dots(jax.grad(lambda *x: by_vocabulary(*x)[0], (0, 1)), *args)
+    assert (evaluate, train) == (1, 4)  # the logits are made twice
 
 
 @pytest.mark.parametrize(
@@ -142,6 +153,7 @@ def test_evaluation_computes_no_gradients():
         ({"kernel_DV": jnp.ones((D + 1, V))}, r"\(17, 50\)"),
         ({"targets_BT": jnp.ones((B, T + 1), jnp.int32)}, r"\(2, 38\)"),
         ({"chunk_size": 0}, "chunk_size=0"),
+        ({"vocab_chunk": 0}, "vocab_chunk=0"),
     ],
 )
 def test_bad_calls_are_one_line_errors(change, words):
@@ -153,44 +165,59 @@ def test_bad_calls_are_one_line_errors(change, words):
 
 MESHES = """
 import re
+from functools import partial
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from tests.objectives.cross_entropy_test import V, inputs, ours, value_and_gradients
 from lcl.objectives import chunked_cross_entropy
 
-hidden, kernel, targets, weights = inputs(batch=8, length=22, vocab=48)
+hidden, kernel, targets, weights = inputs(batch=8, length=24, vocab=48)
 want = ours(hidden, kernel, targets, weights, z_loss=0.01, chunk_size=40)
 
-@jax.jit
-def run(hidden, kernel, targets, weights):
+@partial(jax.jit, static_argnums=4)
+def run(hidden, kernel, targets, weights, vocab_chunk=None):
     def f(hidden, kernel, weights):
         return chunked_cross_entropy(
-            hidden, kernel, targets, weights, z_loss=0.01, chunk_size=10
+            hidden, kernel, targets, weights, z_loss=0.01, chunk_size=10, vocab_chunk=vocab_chunk
         )
     return value_and_gradients(f, hidden, kernel, targets, weights)
 
+def check(got, want):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(np.asarray(a), b, rtol=2e-6, atol=2e-6 * np.abs(b).max())
+
+def shapes(kind, text):
+    return re.findall(rf"f32\\[([\\d,]*)\\]\\S* {kind}\\(", text)
+
 names = ("data", "fsdp", "context", "tensor")
-for sizes in ((8, 1, 1, 1), (2, 4, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2), (1, 1, 1, 8)):
+for sizes in ((8, 1, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2), (2, 1, 4, 1), (1, 4, 2, 1), (1, 1, 1, 8)):
     mesh = jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * 4)
     with jax.set_mesh(mesh):
         rows = NamedSharding(mesh, P(("data", "fsdp"), "context"))
         args = [jax.device_put(x, rows) for x in (hidden, targets, weights)]
-        args.insert(1, jax.device_put(kernel, NamedSharding(mesh, P("fsdp", "tensor"))))
-        for a, b in zip(jax.tree.leaves(run(*args)), jax.tree.leaves(want), strict=True):
-            np.testing.assert_allclose(np.asarray(a), b, rtol=2e-6, atol=2e-6 * np.abs(b).max())
-        text = run.lower(*args).compile().as_text()
-        gathered = re.findall(r"f32\\[([\\d,]*)\\]\\S* all-gather\\(", text)
-        # Of the whole, only the kernel is ever put together, and at most once.
-        vocab = str(48 // sizes[3])
-        assert gathered in ([], [f"16,{vocab}"]), (sizes, gathered)
+        place = NamedSharding(mesh, P(("fsdp", "context"), "tensor"))
+        args.insert(1, jax.device_put(kernel, place))
+        cut, vocab = sizes[1] * sizes[2], 48 // sizes[3]
+        for columns in (None, 5):
+            compiled = run.lower(*args, columns).compile()
+            got = compiled(*args)
+            check(got, want)
+            assert cut == 1 or got[1][1].sharding.is_equivalent_to(place, 2), got[1][1].sharding
+            text = compiled.as_text()
+            # One pass puts the kernel together once; by vocabulary, only chunks of it ever are.
+            gathered = set(shapes("all-gather", text))
+            piece = f"16,{vocab if columns is None else 5}"
+            assert gathered == ({piece} if cut > 1 else set()), (sizes, columns, gathered)
+            # Where the mesh cuts the kernel, no gradient of the kernel is summed whole.
+            summed = shapes("all-reduce", text)
+            assert cut == 1 or not {f"16,{vocab}", "16,5"} & set(summed), (sizes, columns, summed)
 
-# A batch and a vocabulary that no axis divides are right all the same.
+# A batch, a length and a vocabulary that no axis divides are right all the same.
 hidden, kernel, targets, weights = inputs(batch=3, length=7, vocab=50)
 want = ours(hidden, kernel, targets, weights, z_loss=0.01)
-with jax.set_mesh(jax.make_mesh((2, 2, 1, 2), names, axis_types=(AxisType.Auto,) * 4)):
-    got = run(hidden, kernel, targets, weights)
-for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-    np.testing.assert_allclose(np.asarray(a), b, rtol=2e-6, atol=2e-6 * np.abs(b).max())
+with jax.set_mesh(jax.make_mesh((1, 2, 2, 2), names, axis_types=(AxisType.Auto,) * 4)):
+    for columns in (None, 6):
+        check(run(hidden, kernel, targets, weights, columns), want)
 print("meshes ok")
 """
 

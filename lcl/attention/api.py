@@ -25,6 +25,7 @@ from lcl.attention.ambient import (
 from lcl.attention.blockwise import blockwise
 from lcl.attention.mask import Mask
 from lcl.attention.reference import reference
+from lcl.attention.rows import Rows
 
 IMPLEMENTATIONS = ("auto", "reference", "blockwise")
 
@@ -84,8 +85,7 @@ def attend(
         k_BSKH,
         v_BSKH,
         mask=mask,
-        segment_ids_BT=segment_ids_BT,
-        row_index_BT=row_index_BT,
+        query=Rows(row_index_BT, segment_ids_BT),
         scale=scale,
     )
 
@@ -132,7 +132,7 @@ def _blockwise_obstacle(q_BTNH, mask: Mask, row_index_BT, mesh: AbstractMesh | N
 def _per_device(kernel, mesh: AbstractMesh | None, q_BTNH, k_BSKH, v_BSKH, segment_ids_BT):
     """Runs `kernel` on every device's own rows and heads."""
     if mesh is None:
-        return kernel(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT=segment_ids_BT)
+        return kernel(q_BTNH, k_BSKH, v_BSKH, query=Rows(None, segment_ids_BT))
     num_heads, num_kv_heads = q_BTNH.shape[2], k_BSKH.shape[2]
     if num_kv_heads % axis_size(mesh, TENSOR_AXIS):
         # Too few key heads to share out: give every query head its own copy.
@@ -147,7 +147,7 @@ def _per_device(kernel, mesh: AbstractMesh | None, q_BTNH, k_BSKH, v_BSKH, segme
     rows = PartitionSpec(named(*BATCH_AXES), named(CONTEXT_AXIS))
     heads = PartitionSpec(*rows, named(TENSOR_AXIS))
     return jax.shard_map(
-        lambda q, k, v, segment_ids: kernel(q, k, v, segment_ids_BT=segment_ids),
+        lambda q, k, v, segment_ids: kernel(q, k, v, query=Rows(None, segment_ids)),
         mesh=mesh,
         in_specs=(heads, heads, heads, rows),
         out_specs=heads,

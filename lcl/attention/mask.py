@@ -108,61 +108,81 @@ class Mask:
             seen = seen & table[query_row, key_row]
         return seen
 
-    def key_range(self, first_row: Any, last_row: Any, num_rows: int) -> tuple[Any, Any]:
-        """A range of keys that holds every key visible to the queries first_row .. last_row.
+    def some_visible(self, first_query: Any, last_query: Any, first_key: Any, last_key: Any) -> Any:
+        """Whether a query of the rows first_query .. last_query may see a key of theirs.
 
-        What lets a kernel skip whole blocks; `visible` still decides inside of them.
+        What lets a kernel skip whole blocks, in whatever order their tokens stand; `visible` still
+        decides inside of them.
 
         Args:
-          first_row, last_row: int or NumPy int array, inclusive ends of a block of queries.
-          num_rows: rows there are.
+          first_query, last_query, first_key, last_key: int arrays (NumPy or JAX) that broadcast,
+            inclusive ranges of row indices.
 
         Returns:
-          (start, stop), half-open, of the shape of first_row.
+          bool array; true wherever some pair is visible, and then perhaps where none is (an
+          explicit table is not looked at).
 
         Example:
-          >>> [int(x) for x in Mask(window=100).key_range(256, 383, num_rows=1024)]
-          [157, 384]
+          >>> mask = Mask(window=100)
+          >>> (
+          ...     bool(mask.some_visible(256, 383, 128, 156)),
+          ...     bool(mask.some_visible(256, 383, 128, 157)),
+          ... )
+          (False, True)
         """
-        first_row, last_row = np.asarray(first_row), np.asarray(last_row)
-        start, stop = np.zeros_like(first_row), np.full_like(last_row, num_rows)
+        some = (first_query == first_query) & (first_key == first_key)
         if self.causal:
-            stop = last_row + 1
+            below = first_key <= last_query
             if self.prefix_length:
-                stop = np.where(
-                    first_row < self.prefix_length, np.maximum(stop, self.prefix_length), stop
-                )
-        return self._within_window(start, stop, first_row, last_row, num_rows)
-
-    def query_range(self, first_row: Any, last_row: Any, num_rows: int) -> tuple[Any, Any]:
-        """A range of queries that holds every one that sees a key of first_row .. last_row."""
-        first_row, last_row = np.asarray(first_row), np.asarray(last_row)
-        start, stop = np.zeros_like(first_row), np.full_like(last_row, num_rows)
-        if self.causal:
-            start = first_row
-            if self.prefix_length:
-                start = np.where(first_row < self.prefix_length, 0, start)
-        return self._within_window(start, stop, first_row, last_row, num_rows)
-
-    def _within_window(self, start, stop, first_row, last_row, num_rows):
+                within = (first_key < self.prefix_length) & (first_query < self.prefix_length)
+                below = below | within
+            some = some & below
         if self.window is not None:
-            start = np.maximum(start, first_row - self.window + 1)
-            stop = np.minimum(stop, last_row + self.window)
-        return start, np.minimum(stop, num_rows)
+            some = some & (first_query - last_key < self.window)
+            some = some & (first_key - last_query < self.window)
+        return some
 
-    def dense(self, row_index: Any, segment_ids: Any = None) -> Any:
+    def all_visible(self, first_query: Any, last_query: Any, first_key: Any, last_key: Any) -> Any:
+        """Whether all those queries see all those keys: true only where they do.
+
+        What lets a kernel leave out the mask; arguments as for `some_visible`.
+        """
+        every = (first_query == first_query) & (first_key == first_key)
+        if self.explicit is not None:
+            return every & False
+        if self.causal:
+            below = last_key <= first_query
+            if self.prefix_length:
+                within = (last_key < self.prefix_length) & (last_query < self.prefix_length)
+                below = below | within
+            every = every & below
+        if self.window is not None:
+            every = every & (last_query - first_key < self.window)
+            every = every & (last_key - first_query < self.window)
+        return every
+
+    def dense(
+        self,
+        row_index: Any,
+        segment_ids: Any = None,
+        key_row_index: Any = None,
+        key_segment_ids: Any = None,
+    ) -> Any:
         """The whole mask, rules on rows and documents together.
 
         Args:
-          row_index: int [..., T], original row index of each token (`np.arange(T)` if in order).
+          row_index: int [..., T], original row index of each query (`np.arange(T)` if in order).
           segment_ids: int [..., T] or None; 0 is padding.
+          key_row_index, key_segment_ids: int [..., S], the same of the keys; None: the queries'.
 
         Returns:
-          bool [..., T, T], [query, key].
+          bool [..., T, S], [query, key].
         """
-        seen = self.visible(row_index[..., :, None], row_index[..., None, :])
+        key_row_index = row_index if key_row_index is None else key_row_index
+        key_segment_ids = segment_ids if key_segment_ids is None else key_segment_ids
+        seen = self.visible(row_index[..., :, None], key_row_index[..., None, :])
         if segment_ids is not None:
-            query, key = segment_ids[..., :, None], segment_ids[..., None, :]
+            query, key = segment_ids[..., :, None], key_segment_ids[..., None, :]
             seen = seen & (query == key) & (query != 0)
         return seen
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lcl.attention.mask import Mask
+from lcl.attention.rows import Rows
 
 
 def reference(
@@ -20,9 +21,10 @@ def reference(
     v_BSKH: jax.Array,
     *,
     mask: Mask,
-    segment_ids_BT: jax.Array | None = None,
-    row_index_BT: jax.Array | None = None,
+    query: Rows = Rows(),  # noqa: B008  (immutable)
+    key: Rows | None = None,
     scale: float | None = None,
+    soft_cap: float | None = None,
 ) -> jax.Array:
     """softmax(scale * q k^T + mask) v, with the softmax in float32 (or float64, if q is).
 
@@ -30,11 +32,12 @@ def reference(
 
     Args:
       q_BTNH: queries, float [B, T, N, H], already rotated by RoPE.
-      k_BSKH, v_BSKH: keys and values, float [B, S, K, H] with S == T and N % K == 0.
+      k_BSKH, v_BSKH: keys and values, float [B, S, K, H] with N % K == 0.
       mask: the rules on row indices.
-      segment_ids_BT: int [B, T], documents; 0 is padding. None: one document.
-      row_index_BT: int [B, T], original row indices. None: 0 .. T-1.
+      query: row indices and documents of the queries.
+      key: those of the keys, both with segments or both without; None: the queries' (S == T).
       scale: multiplies the scores; None is H ** -0.5.
+      soft_cap: if set, scores become soft_cap * tanh(scores / soft_cap) (Gemma 2).
 
     Returns:
       float [B, T, N, H], q's dtype. A query that sees no key gives 0, and its gradients are 0.
@@ -46,17 +49,24 @@ def reference(
       >>> out[0, :, 0, 0].tolist()
       [2.0, 3.0]
     """
-    batch, num_rows, num_heads, head_dim = q_BTNH.shape
-    num_kv_heads = k_BSKH.shape[2]
+    batch, num_queries, num_heads, head_dim = q_BTNH.shape
+    _, num_keys, num_kv_heads, _ = k_BSKH.shape
+    key = query if key is None else key
     accum = jnp.promote_types(q_BTNH.dtype, jnp.float32)
     scale = head_dim**-0.5 if scale is None else scale
-    row_index = jnp.arange(num_rows) if row_index_BT is None else row_index_BT
-    seen_xTS = mask.dense(row_index, segment_ids_BT)
-    seen_BTS = jnp.broadcast_to(seen_xTS, (batch, num_rows, num_rows))[:, None, None]
+    seen_xTS = mask.dense(
+        _row_index(query, num_queries),
+        query.segment_ids_BT,
+        _row_index(key, num_keys),
+        key.segment_ids_BT,
+    )
+    seen_BTS = jnp.broadcast_to(seen_xTS, (batch, num_queries, num_keys))[:, None, None]
 
-    q_BTKGH = q_BTNH.reshape(batch, num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=accum)
-    scores = jnp.where(seen_BTS, scores * scale, -jnp.inf)
+    q_BTKGH = q_BTNH.reshape(batch, num_queries, num_kv_heads, -1, head_dim)
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=accum) * scale
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    scores = jnp.where(seen_BTS, scores, -jnp.inf)
     # A row without keys has a maximum of -inf; 0 in its place keeps exp(-inf - max) = 0, not NaN.
     top = jnp.max(scores, axis=-1, keepdims=True)
     top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
@@ -66,3 +76,7 @@ def reference(
     p = p / jnp.where(total == 0.0, 1.0, total)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", p, v_BSKH, preferred_element_type=accum)
     return out.reshape(q_BTNH.shape).astype(q_BTNH.dtype)
+
+
+def _row_index(rows: Rows, length: int) -> jax.Array:
+    return jnp.arange(length) if rows.row_index_BT is None else rows.row_index_BT

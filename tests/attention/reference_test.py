@@ -10,6 +10,7 @@ from jax.test_util import check_grads
 
 from lcl.attention import Mask
 from lcl.attention.reference import reference
+from lcl.attention.rows import Rows
 from tests.attention.helpers import forward_and_gradients, inputs, segments
 
 
@@ -34,9 +35,7 @@ def test_equals_loops_with_documents_and_permuted_rows(mask, num_kv_heads):
     q, k, v, _ = inputs(2, 11, 4, num_kv_heads, head_dim=8)
     segment_ids = np.array(segments("tail", 2, 11))
     row_index = np.stack([np.random.default_rng(i).permutation(11) for i in range(2)])
-    out = reference(
-        q, k, v, mask=mask, segment_ids_BT=segment_ids, row_index_BT=row_index, scale=0.7
-    )
+    out = reference(q, k, v, mask=mask, query=Rows(row_index, segment_ids), scale=0.7)
     want = by_loops(q, k, v, mask.dense(row_index, segment_ids), 0.7)
     np.testing.assert_allclose(out, want, atol=2e-6)
 
@@ -61,7 +60,7 @@ def test_gradient_is_the_slope():
 
         def f(q, k, v):
             return jnp.sum(
-                g * reference(q, k, v, mask=Mask(), segment_ids_BT=jnp.array([[1, 1, 2, 2, 0]]))
+                g * reference(q, k, v, mask=Mask(), query=Rows(None, jnp.array([[1, 1, 2, 2, 0]])))
             )
 
         check_grads(f, (q, k, v), order=1, modes=("rev",))

@@ -6,41 +6,47 @@ that a configuration can fail happen in `assemble`, before the first compilation
 
 from __future__ import annotations
 
-import concurrent.futures
-import contextlib
 import dataclasses
-import logging as logs
 import os
 import pathlib
 import threading
-import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import grain
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 
 from lcl import stages as stages_lib
+from lcl.attention import layouts
 from lcl.checkpoints import run_card
 from lcl.data import Batch, Data, Mixture, Stream, build_stream
 from lcl.describe import describe
 from lcl.evals import HeldOut
 from lcl.evals.heldout import EvalBatches
-from lcl.models import Decoder, DecoderConfig, num_parameters
-from lcl.objectives import NextToken
+from lcl.models import DecoderConfig, num_parameters
 from lcl.optim import AdamW
 from lcl.parallel import MeshConfig, flops, rules
 from lcl.parallel import mesh as mesh_lib
 from lcl.policies import Guard
+from lcl.programs import (
+    Compiler,
+    abstract_batch,
+    abstract_state,
+    abstract_step,
+    boxed_state,
+    check_splits,
+    jit_eval_step,
+    jit_train_step,
+    laid_out,
+    on_mesh,
+    shardings,
+)
 from lcl.stages import Span, Stage
-from lcl.step import Metrics, TrainState, make_eval_step, make_train_step
+from lcl.step import Metrics, Objective, TrainState
 
-log = logs.getLogger("lcl")
+__all__ = ["Assembly", "abstract_step", "assemble", "boxed_state", "named_key"]
 
 # A model may pad its vocabulary up to this multiple of the tokenizer's, so that it splits evenly.
 VOCABULARY_PADDING = 256
@@ -48,6 +54,8 @@ VOCABULARY_PADDING = 256
 CONFIG_FILE = "config.gin"
 # Batches that the host prepares ahead of the device.
 PREFETCH = 4
+# Fields of DecoderConfig that change how it is computed, and no result beyond rounding.
+_HOW = ("attention_blocks", "context_layout", "remat", "scan_layers")
 # Programs compiled at the same time; one uses two cores, and more than the cores hinder each other.
 COMPILE_AT_ONCE = max(1, min(4, (os.cpu_count() or 1) // 2))
 
@@ -64,7 +72,7 @@ class Assembly:
     seed: int
     model: DecoderConfig
     data: Data
-    objective: NextToken
+    objective: Objective
     optimizer: AdamW
     mesh: jax.sharding.Mesh
     stream: Stream
@@ -75,12 +83,8 @@ class Assembly:
     flops_per_token: Mapping[int, Mapping[tuple[int, int], float]]  # by stage, then by shape
     peak_flops: float | None
     flop_convention: str
-    compile_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    _executables: dict[Any, concurrent.futures.Future[Any]] = dataclasses.field(
-        default_factory=dict
-    )
+    compiler: Compiler
     _transforms: dict[Any, Any] = dataclasses.field(default_factory=dict)
-    _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
     _run_dir: pathlib.Path | None = None
     _config_text: str | None = None
 
@@ -122,10 +126,10 @@ class Assembly:
 
     def init_state(self) -> TrainState:
         """The state at step 0, born sharded."""
-        with self._on_mesh():
+        with on_mesh(self.mesh):
             init = jax.jit(
                 lambda key: rules.unbox(boxed_state(self.model, self.chain, key)),
-                out_shardings=_shardings(self.abstract_state),
+                out_shardings=shardings(self.abstract_state),
             )
             return init(named_key(self.seed, "params"))
 
@@ -168,9 +172,10 @@ class Assembly:
         self, key: Any, function: Callable[[TrainState], TrainState], state: TrainState
     ) -> TrainState:
         if key not in self._transforms:
-            shardings = _shardings(self.abstract_state)
-            self._transforms[key] = jax.jit(function, donate_argnums=0, out_shardings=shardings)
-        with self._on_mesh():
+            self._transforms[key] = jax.jit(
+                function, donate_argnums=0, out_shardings=shardings(self.abstract_state)
+            )
+        with on_mesh(self.mesh):
             return self._transforms[key](state)
 
     # ---- steps -------------------------------------------------------------------------------
@@ -194,21 +199,23 @@ class Assembly:
 
     def _train_program(self, span: Span, shape: tuple[int, int]) -> Any:
         model = self._model(span)
-        step = make_train_step(model, self.objective, self.optimizer, self.chain, self.num_sources)
-        shardings = _shardings(self.abstract_state), None
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings)
-        example = (self.abstract_state, self._abstract_batch(shape))
-        return self._compile(f"train step {shape[0]} x {shape[1]}", model, jitted, example)
+        jitted = jit_train_step(
+            model, self.objective, self.optimizer, self.chain, self.abstract_state, self.num_sources
+        )
+        example = (self.abstract_state, abstract_batch(model, self.mesh, shape))
+        name = f"train step {shape[0]} x {shape[1]}"
+        return self.compiler.compile(name, model, jitted, example)
 
     def eval_step(self, span: Span) -> Callable[[Any, Batch], Metrics]:
         """The compiled held-out forward under a stage's model."""
         model = self._model(span)
-        jitted = jax.jit(make_eval_step(model, self.objective, self.num_sources))
+        jitted = jit_eval_step(model, self.objective, self.num_sources)
 
         def run(params: Any, batch: Batch) -> Metrics:
-            example = (self.abstract_state.params, self._abstract_batch(batch.tokens.shape))
-            name = f"evaluation {batch.tokens.shape[0]} x {batch.tokens.shape[1]}"
-            return self._compile(name, model, jitted, example)(params, batch)
+            shape = batch.tokens.shape
+            example = (self.abstract_state.params, abstract_batch(model, self.mesh, shape))
+            name = f"evaluation {shape[0]} x {shape[1]}"
+            return self.compiler.compile(name, model, jitted, example)(params, batch)
 
         return run
 
@@ -216,44 +223,10 @@ class Assembly:
         """Starts compiling a stage's steps in threads of their own; `train_step` waits for them."""
         threading.Thread(target=self.train_step, args=(span,), daemon=True).start()
 
-    def _compile(self, name: str, model: Decoder, jitted: Any, example: tuple[Any, ...]) -> Any:
-        """Compiles once for each (name, model), whichever thread asks first."""
-        with self._lock:
-            future = self._executables.get((name, model.config))
-            if future is not None:
-                wait = True
-            else:
-                wait, future = False, concurrent.futures.Future()
-                self._executables[name, model.config] = future
-        if wait:
-            return future.result()
-        begin = time.monotonic()
-        try:
-            with self._on_mesh():
-                future.set_result(jitted.lower(*example).compile())
-        except BaseException as error:
-            future.set_exception(error)
-            raise
-        seconds = time.monotonic() - begin
-        self.compile_seconds[name] = round(self.compile_seconds.get(name, 0.0) + seconds, 2)
-        log.info("compiled the %s in %.1f s", name, seconds)
-        return future.result()
-
-    def _model(self, span: Span) -> Decoder:
+    def _model(self, span: Span) -> DecoderConfig:
         if span.stage.rope is None:
-            return Decoder(self.model)
-        return Decoder(dataclasses.replace(self.model, rope=span.stage.rope))
-
-    def _abstract_batch(self, shape: Sequence[int]) -> Batch:
-        sharding = rules.batch_sharding(self.mesh)
-        ints = jax.ShapeDtypeStruct(tuple(shape), np.int32, sharding=sharding)
-        floats = jax.ShapeDtypeStruct(tuple(shape), np.float32, sharding=sharding)
-        return Batch(ints, ints, ints, ints, floats, ints)
-
-    @contextlib.contextmanager
-    def _on_mesh(self) -> Iterator[None]:
-        with jax.set_mesh(self.mesh), nn.logical_axis_rules(rules.LOGICAL_AXIS_RULES):
-            yield
+            return self.model
+        return dataclasses.replace(self.model, rope=span.stage.rope)
 
     # ---- data --------------------------------------------------------------------------------
 
@@ -261,7 +234,7 @@ class Assembly:
         """Host batches from step `start` on; this process's rows, prefetched by Grain."""
         dataset = self.stream.dataset(
             start=start, rows=lambda batch_size: rules.process_rows(self.mesh, batch_size)
-        )
+        ).map(self.lay_out)
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH)
         yield from dataset.to_iter_dataset(options)
 
@@ -279,7 +252,14 @@ class Assembly:
     def heldout_batches(self, evaluation: HeldOut) -> EvalBatches:
         """The fixed held-out batches of every domain."""
         batches = evaluation.batches(self.data, self.stream.domains)
-        return batches.with_put(lambda batch: rules.put_batch(batch, self.mesh))
+        return batches.with_put(lambda batch: rules.put_batch(self.lay_out(batch), self.mesh))
+
+    def lay_out(self, batch: Batch) -> Batch:
+        """The host's rows, permuted as the mesh's context axis holds them (`MeshConfig`)."""
+        if self.model.context_layout == "contiguous":
+            return batch
+        length, context = batch.tokens.shape[1], self.mesh.shape["context"]
+        return batch.permuted(layouts.permutation(self.model.context_layout, length, context))
 
     # ---- the run card ------------------------------------------------------------------------
 
@@ -329,7 +309,7 @@ class Assembly:
             },
             "ledger": self.stream.ledger(step),
             "step": step,
-            "compiles": dict(self.compile_seconds),
+            "compiles": dict(self.compiler.seconds),
         }
 
 
@@ -340,7 +320,7 @@ def assemble(
     data: Data,
     stages: Sequence[Stage],
     optimizer: AdamW,
-    objective: NextToken,
+    objective: Objective,
     mesh: MeshConfig,
     evaluation: HeldOut,
     guard: Guard,
@@ -352,7 +332,8 @@ def assemble(
     """
     spans = stages_lib.timeline(stages)
     device_mesh = mesh.build()
-    rules.check_model_splits(model, device_mesh)
+    own_model, layout = model, mesh.context_layout
+    model = laid_out(model, device_mesh, layout)
     stream = build_stream(
         data,
         [(span.stage.name, span.stage.data, span.stage.num_steps) for span in spans],
@@ -361,27 +342,27 @@ def assemble(
         plan_dir=pathlib.Path(data.root) / "plans",
     )
     for span in spans:
-        _check_shapes(device_mesh, stream, span)
+        for shape in stream.shapes(span.index):
+            where = f"stage {span.stage.name!r}, rows of {shape[1]} tokens"
+            _check_splits(where, model, objective, device_mesh, shape, layout)
         _check_length(model, f"stage {span.stage.name!r}", span.stage.data.sequence_length)
         for transform in span.stage.data.transforms:
             target = getattr(transform, "target_length", span.stage.data.sequence_length)
             _check_length(model, f"transform {type(transform).__name__}", target)
-    rules.check_batch_shape(device_mesh, evaluation.batch_size, evaluation.sequence_length)
+    shape = (evaluation.batch_size, evaluation.sequence_length)
+    _check_splits("the evaluation", model, None, device_mesh, shape, layout)
     _check_length(model, "the evaluation", evaluation.sequence_length)
     for domain in stream.domains:
         _check_vocabulary(model, data, domain)
     chain = optimizer.build()
-    boxed = jax.eval_shape(
-        lambda key: boxed_state(model, chain, key), jax.eval_shape(lambda: jax.random.key(0))
-    )
     peak = flops.chip_peak_flops(device_mesh.devices.flat[0], model.dtype)
     total = None if not peak.flops_per_second else peak.flops_per_second * device_mesh.size
     identity = describe(
         {
             "seed": seed,
-            "model": model,
+            "model": own_model,
             "optimizer": optimizer,
-            "objective": objective,
+            "objective": getattr(objective, "objective", objective),  # of Accumulate, what it sums
             "evaluation": evaluation,
             "guard": guard,
             "stages": tuple(stages),
@@ -398,25 +379,13 @@ def assemble(
         stream=stream,
         spans=spans,
         chain=chain,
-        abstract_state=rules.abstract_state(boxed, device_mesh),
-        identity=identity,
+        abstract_state=abstract_state(model, chain, device_mesh),
+        identity=_what_decides(identity),
         flops_per_token={span.index: _flops(model, stream, span) for span in spans},
         peak_flops=total,
         flop_convention=f"{flops.CONVENTION}; peak: {peak.source}",
+        compiler=Compiler(device_mesh),
     )
-
-
-def boxed_state(
-    model: DecoderConfig, chain: optax.GradientTransformation, key: jax.Array
-) -> TrainState:
-    """The initial state, its parameters (and so their moments) boxed with their logical axes."""
-    tokens = jnp.zeros((1, 8), jnp.int32)
-    params = Decoder(model).init(key, tokens, tokens)["params"]
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=chain.init(params))
-
-
-def _shardings(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
 def _flops(model: DecoderConfig, stream: Stream, span: Span) -> dict[tuple[int, int], float]:
@@ -462,14 +431,28 @@ def _stage_card(
     return card
 
 
-def _check_shapes(mesh: jax.sharding.Mesh, stream: Stream, span: Span) -> None:
-    """Refuses a stage of which a batch does not split over the mesh."""
-    for shape in stream.shapes(span.index):
-        try:
-            rules.check_batch_shape(mesh, *shape)
-        except ValueError as error:
-            where = f"stage {span.stage.name!r}, rows of {shape[1]} tokens"
-            raise ValueError(f"{where}: {error}") from error
+def _check_splits(
+    where: str,
+    model: DecoderConfig,
+    objective: Objective | None,
+    mesh: jax.sharding.Mesh,
+    shape: tuple[int, int],
+    layout: str,
+) -> None:
+    """Refuses a batch shape that cannot run on the mesh, and says whose it is."""
+    try:
+        check_splits(model, objective, mesh, shape, layout)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _what_decides(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity without what decides memory and time only: these may change in a run."""
+    return {
+        key: value
+        for key, value in identity.items()
+        if not key.startswith(tuple(f"model.{name}" for name in _HOW))
+    }
 
 
 def _check_length(model: DecoderConfig, what: str, sequence_length: int) -> None:

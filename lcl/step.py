@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import flax.struct
 import jax
@@ -11,10 +11,23 @@ import optax
 
 from lcl.data import Batch
 from lcl.models import Decoder
-from lcl.objectives import NextToken
 from lcl.optim import AdamW
 
 Metrics = Mapping[str, jax.Array]
+
+
+class Objective(Protocol):
+    """A loss: `lcl.objectives.NextToken`, or anything that is called like it.
+
+    One that has `value_and_grad` (same arguments) is asked for its gradient in that way, instead of
+    being differentiated as a whole: `lcl.objectives.Accumulate` goes over the batch piece by piece.
+    """
+
+    def __call__(
+        self, model: Decoder, params: Any, batch: Batch, num_sources: int
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss in nats per token, and sums by source."""
+        ...
 
 
 @flax.struct.dataclass
@@ -34,7 +47,7 @@ class TrainState:
 
 def make_train_step(
     model: Decoder,
-    objective: NextToken,
+    objective: Objective,
     optimizer: AdamW,
     chain: optax.GradientTransformation,
     num_sources: int,
@@ -53,12 +66,12 @@ def make_train_step(
       average), "grad_norm" (before clipping), "learning_rate" (the one this update uses), and the
       objective's "weight", "nll_sum_by_source" and "weight_by_source".
     """
+    value_and_grad = getattr(objective, "value_and_grad", None)
+    if value_and_grad is None:
+        value_and_grad = jax.value_and_grad(objective, argnums=1, has_aux=True)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        def loss_fn(params: Any) -> tuple[jax.Array, Metrics]:
-            return objective(model, params, batch, num_sources)
-
-        (loss, sums), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        (loss, sums), gradients = value_and_grad(model, state.params, batch, num_sources)
         learning_rate = optimizer.learning_rate(state.opt_state)
         updates, opt_state = chain.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -74,7 +87,7 @@ def make_train_step(
 
 
 def make_eval_step(
-    model: Decoder, objective: NextToken, num_sources: int
+    model: Decoder, objective: Objective, num_sources: int
 ) -> Callable[[Any, Batch], Metrics]:
     """The held-out forward: (params, batch) -> the objective's sums by source."""
 

@@ -51,6 +51,21 @@ class Batch(NamedTuple):
     source_ids: np.ndarray
     row_index: np.ndarray | None = None
 
+    def permuted(self, order_T: np.ndarray) -> Batch:
+        """Return the rows with their cells in another order, and `row_index` to tell of it.
+
+            order_T      0 3 1 2
+            tokens       10 11 12 13   ->   10 13 11 12      targets, positions, ... likewise:
+            row_index    (none)        ->    0  3  1  2      they were made before, so none is lost
+
+        Args:
+            order_T: int[T], the place that each new cell has now.
+        """
+        index = self.row_index
+        if index is None:
+            index = np.broadcast_to(np.arange(len(order_T), dtype=np.int32), self.tokens.shape)
+        return Batch(*(field[:, order_T] for field in (*self[:6], index)))
+
 
 class Runs(NamedTuple):
     """The segments of a batch's rows, row after row; int64[S] each.

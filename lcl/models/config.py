@@ -8,6 +8,8 @@ import operator
 
 from lcl.attention import Mask
 from lcl.attention.api import IMPLEMENTATIONS
+from lcl.attention.layouts import LAYOUTS
+from lcl.attention.splash import BlockSizes
 from lcl.models.remat import REMAT_POLICIES
 from lcl.models.rope import Rope
 
@@ -47,6 +49,10 @@ class DecoderConfig:
       remat: what a layer keeps for its backward pass; a name of `lcl.models.remat`.
       mask: which earlier tokens a query sees, within its document; see `lcl.attention.Mask`.
       attention: which implementation `lcl.attention.attend` uses.
+      attention_soft_cap: c in c * tanh(scores / c), before the mask (Gemma 2); None: no cap.
+      attention_blocks: block sizes of the TPU kernel; None: it chooses by the row.
+      context_layout: how rows are permuted where a context axis splits them. Not yours to set: a
+        run takes it from `MeshConfig.context_layout`, and permutes its batches to match.
       init_scale: multiplies every initial standard deviation; see `lcl.models.decoder`.
 
     Raises:
@@ -81,6 +87,9 @@ class DecoderConfig:
     remat: str = "none"
     mask: Mask = dataclasses.field(default_factory=Mask)
     attention: str = "auto"
+    attention_soft_cap: float | None = None
+    attention_blocks: BlockSizes | None = None
+    context_layout: str = "contiguous"
     init_scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -119,9 +128,15 @@ class DecoderConfig:
         for name in ("norm_eps", "init_scale"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"DecoderConfig.{name} = {getattr(self, name)!r} must be above 0")
+        if self.attention_soft_cap is not None and not self.attention_soft_cap > 0:
+            raise ValueError(
+                f"DecoderConfig.attention_soft_cap = {self.attention_soft_cap!r} must be above 0, "
+                "or None for no cap"
+            )
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("residual_dtype", self.residual_dtype, DTYPES)
         _check_choice("attention", self.attention, IMPLEMENTATIONS)
+        _check_choice("context_layout", self.context_layout, LAYOUTS)
         _check_choice("remat", self.remat, tuple(REMAT_POLICIES))
 
     def _check_count(self, name: str) -> None:

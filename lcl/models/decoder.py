@@ -33,6 +33,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from lcl.models.attention_layer import AttentionLayer, RowInputs
 from lcl.models.config import DecoderConfig
@@ -54,9 +55,13 @@ class DecoderLayer(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, rows: RowInputs) -> tuple[jax.Array, None]:
+    def __call__(
+        self, x_BTD: jax.Array, rows: RowInputs, head_mask_N: jax.Array | None = None
+    ) -> tuple[jax.Array, None]:
         """The residual stream before and after; the None is the loop's per-layer output."""
         config = self.config
+        # Everything below reads the tagged value, so that a policy can say where it waits.
+        x_BTD = checkpoint_name(x_BTD, "layer_input")
         dtype, residual_dtype = jnp.dtype(config.dtype), jnp.dtype(config.residual_dtype)
         out_init_scale = config.init_scale / math.sqrt(2 * config.num_layers)
 
@@ -66,7 +71,7 @@ class DecoderLayer(nn.Module):
             )
 
         attention = AttentionLayer(config, out_init_scale=out_init_scale, name="attention")
-        x_BTD += attention(norm("attention_norm")(x_BTD), rows)
+        x_BTD += attention(norm("attention_norm")(x_BTD), rows, head_mask_N)
         x_BTD = nn.with_logical_constraint(x_BTD, _RESIDUAL_AXES)
         mlp = GatedMlp(
             embed_dim=config.embed_dim,
@@ -143,6 +148,7 @@ class Decoder(nn.Module):
         positions_BT: jax.Array | None = None,
         segment_ids_BT: jax.Array | None = None,
         row_index_BT: jax.Array | None = None,
+        head_mask_LN: jax.Array | None = None,
     ) -> jax.Array:
         """Hidden states after the final norm: what the head, and so the loss, reads.
 
@@ -153,7 +159,10 @@ class Decoder(nn.Module):
           segment_ids_BT: int32, 0 = padding, 1.. = document in the row: tokens see only their own
             document. None: the row is one document.
           row_index_BT: int32, each token's place in the original row, for rows whose tokens were
-            permuted to balance work; causality compares these. None: 0, 1, 2, ...
+            permuted to balance work; causality compares these. None: as config.context_layout
+            places them.
+          head_mask_LN: float [L, N], multiplies what each head of each layer gives: 0 switches a
+            head off (ablations, retrieval heads). None: all ones.
 
         Returns:
           [B, T, D] in config.dtype.
@@ -166,7 +175,7 @@ class Decoder(nn.Module):
         cos_BTR, sin_BTR = rope_cos_sin(config.rope, config.head_dim, positions_BT)
         x_BTD = nn.with_logical_constraint(self.embed(tokens_BT), _RESIDUAL_AXES)
         rows = RowInputs(cos_BTR, sin_BTR, segment_ids_BT, row_index_BT)
-        x_BTD, _ = self.layers(x_BTD, rows)
+        x_BTD, _ = self.layers(x_BTD, rows, head_mask_LN)
         return self.final_norm(x_BTD)
 
     def __call__(
@@ -241,7 +250,7 @@ def _stack_of_layers(config: DecoderConfig) -> nn.Module:
         layer,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=nn.broadcast,
+        in_axes=(nn.broadcast, 0),
         length=config.num_layers,
         unroll=1 if config.scan_layers else config.num_layers,
         metadata_params={nn.PARTITION_NAME: "layers"},

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from lcl.objectives.accumulate import Accumulate
 from lcl.objectives.cross_entropy import chunked_cross_entropy
 from lcl.objectives.next_token import NextToken
 
-__all__ = ["NextToken", "chunked_cross_entropy"]
+__all__ = ["Accumulate", "NextToken", "chunked_cross_entropy"]

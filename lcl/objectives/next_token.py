@@ -59,8 +59,18 @@ class NextToken:
                 f"{', '.join(NORMALISATIONS)}"
             )
 
+    def denominator(self, batch: Any) -> jax.Array:
+        """What the loss of this batch is divided by: the sum of its tokens' shares, float32."""
+        _, num_shares = loss_shares(batch.segment_ids, batch.loss_weights, self.normalisation)
+        return num_shares
+
     def __call__(
-        self, model: Any, params: Any, batch: Any, num_sources: int
+        self,
+        model: Any,
+        params: Any,
+        batch: Any,
+        num_sources: int,
+        denominator: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss of one batch, for `jax.value_and_grad(..., has_aux=True)`.
 
@@ -70,6 +80,8 @@ class NextToken:
           params: its parameters.
           batch: a Batch, fields [B, T].
           num_sources: source_ids lie in 0 .. num_sources - 1.
+          denominator: divide by this instead of the batch's own (where the batch is a piece of a
+            larger one, whose loss is then the sum of the pieces').
 
         Returns:
           loss, float32 scalar in nats per token, averaged as `normalisation` says, and a dict of
@@ -97,6 +109,8 @@ class NextToken:
             z_loss=self.z_loss,
             dtype=model.config.dtype,
         )
+        if denominator is not None:
+            num_shares = denominator
         aux = {
             "nll_sum_by_source": sum_by_source(
                 nll_BT * batch.loss_weights, batch.source_ids, num_sources

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lcl.models.dense import dense_dot
+from lcl.models.lookup import embed_tokens
 
 _CUT = 3.0  # standard deviations
 _DENSITY_AT_CUT = math.exp(-(_CUT**2) / 2) / math.sqrt(2 * math.pi)
@@ -169,7 +170,7 @@ class Embed(nn.Module):
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """int32 [B, T] -> [B, T, D]; a token outside the vocabulary gives NaN, not another row."""
-        return jnp.take(self.embedding, tokens_BT, axis=0, mode="fill").astype(self.dtype)
+        return embed_tokens(self.embedding, tokens_BT, self.dtype)
 
 
 class GatedMlp(nn.Module):

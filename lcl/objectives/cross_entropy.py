@@ -451,8 +451,9 @@ def _two_passes(
         dhidden_CRD, dkernel_DW = lax.fori_loop(0, hidden_CRD.shape[0], of_chunk, sums)
         return (ahead, dhidden_CRD), places.scatter(dkernel_DW)
 
-    start = kernel_DW, jnp.zeros(hidden_CRD.shape, accum)
-    (_, dhidden_CRD), dkernel_nEW = lax.scan(gradients, start, jnp.arange(num_chunks))
+    (_, dhidden_CRD), dkernel_nEW = lax.scan(
+        gradients, (kernel_DW, jnp.zeros(hidden_CRD.shape, accum)), jnp.arange(num_chunks)
+    )
     dkernel_EV = jnp.moveaxis(dkernel_nEW, 0, 1).reshape(-1, num_chunks * columns)[:, :vocab]
     dhidden_BTD = tokens.join(places.sum_over_vocab(dhidden_CRD))
     return (

@@ -49,9 +49,9 @@ ROOMS = (
     "lcl.evals",
     "lcl.report",
     "lcl.policies",
-    "lcl.policies",
     "lcl.stages",
     "lcl.train",
+    "lcl.compile",
 )
 
 _CONFIGURABLES: dict[str, config_reader.Configurable] = {}

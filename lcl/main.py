@@ -1,4 +1,4 @@
-"""The command line: `lcl prepare | data | train | evaluate | report | info`.
+"""The command line: `lcl prepare | data | train | evaluate | report | info | compile`.
 
 Thin; the work is elsewhere. A mistake of the user's is one line on stderr and exit code 2. Nothing
 heavy is imported before a command has been recognised, so `lcl --help` answers at once.
@@ -203,6 +203,18 @@ def _parser() -> argparse.ArgumentParser:
         help="where to; RUN/report if absent, FIRST_RUN/report/compare for several",
     )
 
+    sub = command("compile", _compile, "Compile a run's train step for a TPU pod; needs no TPU.")
+    sub.add_argument("--topology", default=None, help="v5p-128, 2x v5e-256; over the file's own")
+    sub.add_argument("--stage", default=None, help="which; the one of the longest rows if absent")
+    sub.add_argument("--abstract", action="store_true", help="from shapes alone; needs no libtpu")
+    sub.add_argument("--layers", type=int, default=None, help="compile few layers, extrapolate")
+    sub.add_argument("--out", default=None, metavar="FOLDER", help="write NAME.json and NAME.md")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+    sub.add_argument("--save", default=None, metavar="FILE", help="write the executable")
+    sub.add_argument(
+        "--hlo", default=None, metavar="FILE", help="write the compiled program's text"
+    )
+
     sub = command("info", _info, "Show a run's stages, checkpoints and configuration.")
     sub.add_argument("run_dir", metavar="RUN")
     return parser
@@ -395,6 +407,37 @@ def _info(arguments: argparse.Namespace) -> int:
 
     print(info_text(arguments.run_dir))
     return 0
+
+
+def _compile(arguments: argparse.Namespace) -> int:
+    from lcl import config
+    from lcl.parallel.topologies import aot_environment
+
+    if not arguments.gin_files:
+        raise ValueError("no configuration: give --gin_file, such as one of configs/pods")
+    os.environ.update(aot_environment())
+    given = {
+        "topology": arguments.topology,
+        "stage": arguments.stage,
+        "num_layers": arguments.layers,
+        "save": arguments.save,
+        "hlo": arguments.hlo,
+    }
+    settings = config.load(arguments.gin_files, arguments.bindings)
+    train = settings.kwargs("train", run_dir="none")
+    name = pathlib.Path(arguments.gin_files[-1]).stem
+    overrides = {key: value for key, value in given.items() if value is not None}
+    report = settings.call(
+        "compile", train=train, title=name, abstract=arguments.abstract, **overrides
+    )
+    from lcl.compile import write_report
+    from lcl.parallel.compile_report import report_text
+
+    print(json.dumps(report, indent=1) if arguments.json else report_text(report), end="")
+    if arguments.out:
+        stem = f"{name}_abstract" if arguments.abstract else name
+        print("\n".join(f"wrote {path}" for path in write_report(report, arguments.out, stem)))
+    return 0 if "out_of_memory" not in report else 1
 
 
 def _prepare_jax() -> None:

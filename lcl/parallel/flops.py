@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from lcl.parallel.chips import CHIPS
+
 if TYPE_CHECKING:
     import jax
 
@@ -30,21 +32,6 @@ CONVENTION = (
     "model FLOPs: 6 x matmul parameters + 12 x layers x heads x head_dim x mean visible keys "
     "(causal: halved; documents: only their own keys); no remat, no embedding lookup"
 )
-
-# bf16 FLOP/s of one JAX device. From the vendor's system architecture pages, per chip; v2, v3 and
-# 7x show two devices a chip, hence the halves. The keys are what `device_kind` says.
-_TPU_PEAKS: dict[str, float] = {
-    "TPU v2": 45e12 / 2,
-    "TPU v3": 123e12 / 2,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12 / 2,
-}
 
 
 class Peak(NamedTuple):
@@ -153,8 +140,8 @@ def chip_peak_flops(device: jax.Device, dtype: str = "bfloat16") -> Peak:
         source = f"measured {dtype} matmul on this machine's CPU"
         return Peak(peak / share, source + (f", shared by {share} devices" if share > 1 else ""))
     kind = device.device_kind
-    if kind in _TPU_PEAKS:
-        return Peak(_TPU_PEAKS[kind], f"bf16 peak of {kind} by its data sheet")
+    if kind in CHIPS:
+        return Peak(CHIPS[kind].flops_per_second, f"bf16 peak of {kind} by its data sheet")
     return Peak(None, f"no peak known for {kind!r}")
 
 

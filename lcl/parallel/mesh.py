@@ -9,6 +9,12 @@
 `data` comes first (slowest network), `tensor` last (neighbouring chips), as in MaxText and T5X.
 All axes are of type Auto: XLA's partitioner propagates shardings from the logical rules of
 rules.py.
+
+Slices of a pod are joined by the data-centre network, which is some twenty times slower than the
+links inside one. So `data`, whose one all-reduce a step is the least traffic, spans the slices, and
+every other axis lies inside one:
+
+    data 4 on 2 slices      slice 0: data 0 1    slice 1: data 2 3
 """
 
 from __future__ import annotations
@@ -22,6 +28,8 @@ if TYPE_CHECKING:
     import jax
 
 AXES: tuple[str, ...] = ("data", "fsdp", "context", "tensor")
+# How a row lies on the context axis; lcl.attention.layouts has the pictures.
+CONTEXT_LAYOUTS: tuple[str, ...] = ("contiguous", "zigzag", "striped")
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,8 @@ class MeshConfig:
         fsdp: parts that each parameter (and the batch) is cut into.
         context: parts that each row of tokens is cut into.
         tensor: parts that heads, mlp and vocabulary are cut into.
+        context_layout: "zigzag", "striped" or "contiguous": which tokens of a row each device of a
+            context axis holds (`lcl.attention.layouts`); of no effect where `context` is 1.
 
     Raises:
         ValueError: a size that is neither positive nor -1, or more than one -1.
@@ -46,6 +56,7 @@ class MeshConfig:
     fsdp: int = 1
     context: int = 1
     tensor: int = 1
+    context_layout: str = "zigzag"
 
     def __post_init__(self) -> None:
         """Refuses impossible sizes at the door, before any device is asked for."""
@@ -61,6 +72,11 @@ class MeshConfig:
             raise ValueError(
                 f"MeshConfig leaves {free} at -1: only one axis can take the rest; "
                 "give the others a number"
+            )
+        if self.context_layout not in CONTEXT_LAYOUTS:
+            raise ValueError(
+                f"MeshConfig.context_layout = {self.context_layout!r} must be one of "
+                f"{', '.join(CONTEXT_LAYOUTS)}"
             )
 
     def sizes(self, num_devices: int) -> dict[str, int]:
@@ -97,24 +113,47 @@ class MeshConfig:
             devices: real devices, or those of an ahead-of-time topology.
 
         Returns:
-            A `jax.sharding.Mesh` with axes (data, fsdp, context, tensor), all of type Auto.
+            A `jax.sharding.Mesh` with axes (data, fsdp, context, tensor), all of type Auto. Where
+            the devices belong to several slices, `data` spans them.
+
+        Raises:
+            ValueError: sizes that do not fit the devices, or slices that `data` cannot span.
 
         Example:
             >>> MeshConfig().build().axis_names
             ('data', 'fsdp', 'context', 'tensor')
         """
         import jax
-        from jax.sharding import AxisType
+        from jax.sharding import AxisType, Mesh
 
         devices = list(jax.devices() if devices is None else devices)
         sizes = self.sizes(len(devices))
+        shape = tuple(sizes[axis] for axis in AXES)
         # make_mesh's own default is Explicit since jax 0.9; flax's logical constraints need Auto.
-        return jax.make_mesh(
-            tuple(sizes[axis] for axis in AXES),
-            AXES,
-            axis_types=(AxisType.Auto,) * len(AXES),
+        types = (AxisType.Auto,) * len(AXES)
+        num_slices = len({slice_of(device) for device in devices})
+        if num_slices == 1:
+            return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+        from jax.experimental import mesh_utils
+
+        if sizes["data"] % num_slices:
+            raise ValueError(
+                f"mesh data {sizes['data']} cannot span {num_slices} slices, and no other axis may "
+                f"(they are joined by the data-centre network): set data to a multiple of "
+                f"{num_slices}"
+            )
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (sizes["data"] // num_slices, *shape[1:]),
+            (num_slices, 1, 1, 1),
             devices=devices,
+            allow_split_physical_axes=True,
         )
+        return Mesh(grid, AXES, axis_types=types)
+
+
+def slice_of(device: jax.Device) -> int:
+    """Which slice of a multi-slice system a device belongs to; 0 where there is only one."""
+    return getattr(device, "slice_index", None) or 0
 
 
 def describe(mesh: jax.sharding.Mesh) -> str:

@@ -18,7 +18,8 @@ KERNELS = {"attention", "parallel"}
 ROOMS = {"data", "models", "optim", "objectives", "checkpoints", "evals", "report"}
 STORY = {"assembly", "describe", "policies", "preemption", "programs", "recorder", "stages", "step"}
 ALLOWED: dict[str, set[str]] = {
-    "main": {"config", "train", "papers", "programs"} | ROOMS | KERNELS,
+    "main": {"config", "train", "papers", "programs", "compile"} | ROOMS | KERNELS,
+    "compile": STORY | ROOMS | KERNELS,
     "config": {"config_reader", "config_types"},
     "config_reader": {"config_types"},
     "config_types": set(),

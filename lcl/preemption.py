@@ -9,6 +9,15 @@
                 save(...)
                 break
 
+How a process that was told to go ends says what its launcher should do:
+
+    0     the run is complete: nothing more to do
+    75    SIGTERM (a machine taken away, a scheduler's stop): all is saved, start it again
+    130   Ctrl-C: all is saved, and somebody wanted it to stop
+    else  it failed: look at the log
+
+75 is EX_TEMPFAIL of sysexits.h, "try again later", which nothing else in the process gives.
+
 Python runs a signal's handler in the main thread, and only between two bytecodes; XLA may compile
 for a minute without coming back to one. So a second thread listens to the bytes that the
 interpreter's C-level handler writes to a socket (`signal.set_wakeup_fd`), which needs no bytecode
@@ -24,12 +33,19 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 log = logging.getLogger("lcl.preemption")
 
+EXIT_PREEMPTED = 75
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+# "Told to go, and nothing is lost: start me again" (EX_TEMPFAIL of sysexits.h). The launchers start
+# again on this code and on no other.
+EXIT_PREEMPTED = 75
 
 
 class Preemption:
@@ -40,13 +56,19 @@ class Preemption:
     notebook's worker) it watches nothing, and says so.
 
     Args:
-        agree_every: with several processes, how often (in steps) they ask each other; see
-            `should_stop`.
+        agree_every: with several processes, how often (in steps) they ask each other at the most;
+            see `should_stop`.
+        agree_seconds: ... and how long apart at the most, as far as whole steps allow.
     """
 
-    def __init__(self, *, agree_every: int = 10):
+    def __init__(self, *, agree_every: int = 10, agree_seconds: float = 2.0):
         self._agree_every = agree_every
+        self._agree_seconds = agree_seconds
+        self._agreed_at: tuple[int, float] | None = None  # step and time of the last exchange
+        self._next_agreement: int | None = None
+        self._number: int | None = None  # the first signal
         self._requested = threading.Event()
+        self._interrupts = 0
         self._lock = threading.RLock()
         self._unsaved_nothing = 0  # how many nothing_to_save blocks the main thread is in
         self._callbacks: list[Callable[[], None]] = []
@@ -60,23 +82,45 @@ class Preemption:
         """Whether this process has been told to stop."""
         return self._requested.is_set()
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether it was a person, by Ctrl-C, who told it: then nobody is to start it again."""
+        return self._interrupts > 0
+
+    @property
+    def exit_code(self) -> int:
+        """What a process that stops now ends with; see the top of this file."""
+        return 128 + signal.SIGINT if self._number == signal.SIGINT else EXIT_PREEMPTED
+
     def should_stop(self, step: int) -> bool:
         """Whether to save and stop after `step` updates; the same answer on every process.
 
         One process: `requested`. Several: a signal reaches them at different steps, and a save
-        needs all of them, so at every `agree_every`-th step they exchange their flags (one tiny
-        all-gather).
+        needs all of them, so they exchange their flags (one tiny all-gather) every `agree_every`
+        steps, and oftener where these last longer than `agree_seconds`: a machine that is taken
+        away gives half a minute, and a step of a million tokens may take that long.
         """
         import jax
 
         if jax.process_count() == 1:
             return self.requested
-        if step % self._agree_every:
+        if self._next_agreement is not None and step < self._next_agreement:
             return False
         import numpy as np
         from jax.experimental import multihost_utils
 
-        return bool(multihost_utils.process_allgather(np.array([self.requested])).any())
+        now, seconds = time.monotonic(), 0.0
+        if self._agreed_at is not None and step > self._agreed_at[0]:
+            seconds = (now - self._agreed_at[1]) / (step - self._agreed_at[0])
+        mine = np.array([float(self.requested), seconds], np.float32)
+        flags, steps = np.reshape(multihost_utils.process_allgather(mine), (-1, 2)).T
+        # From what all have seen alike, so that all ask again at the same step.
+        slowest = float(steps.max())
+        every = self._agree_every if slowest > 0 else 1
+        if slowest > 0:
+            every = max(1, min(self._agree_every, int(self._agree_seconds / slowest)))
+        self._agreed_at, self._next_agreement = (step, now), step + every
+        return bool(flags.any())
 
     def before_exit(self, callback: Callable[[], None]) -> None:
         """Registers something short (a flush) to run before an exit at once; not before others."""
@@ -84,15 +128,16 @@ class Preemption:
 
     @contextlib.contextmanager
     def nothing_to_save(self) -> Iterator[None]:
-        """A block in which a signal ends the process at once: exit code 0, or 130 for Ctrl-C.
+        """A block in which a signal ends the process at once: EXIT_PREEMPTED, or 130 for
+        Ctrl-C.
 
-        May be nested. If the signal has come already, entering raises SystemExit(0).
+        May be nested. If the signal has come already, entering raises SystemExit.
         """
         if self._watcher is None:
             yield
             return
         if self.requested:
-            raise SystemExit(0)
+            raise SystemExit(130 if self.interrupted else EXIT_PREEMPTED)
         # An event loop that ran in this thread meanwhile (Orbax's) may have taken the descriptor.
         assert self._write is not None
         signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
@@ -138,24 +183,26 @@ class Preemption:
 
     def _watch(self, read: socket.socket) -> None:
         """The watcher thread: one byte a signal."""
-        interrupts = 0
         with read:
             while data := read.recv(64):
                 for number in data:
                     if number not in _SIGNALS:
                         continue
                     first, name = not self.requested, signal.Signals(number).name
+                    if first:
+                        self._number = number
+                    self._interrupts += number == signal.SIGINT
                     self._requested.set()
-                    interrupts += number == signal.SIGINT
                     with self._lock:
                         if self._unsaved_nothing:
-                            self._leave(f"{name}: nothing is unsaved, leaving", number)
-                        elif interrupts > 1:
-                            self._leave(f"second {name}: leaving without saving", number)
+                            self._leave(f"{name}: nothing is unsaved, leaving")
+                        elif self._interrupts > 1:
+                            self._number = number
+                            self._leave(f"second {name}: leaving without saving")
                     if first:
                         log.warning("%s: stopping after this step, with a checkpoint", name)
 
-    def _leave(self, message: str, number: int) -> None:
+    def _leave(self, message: str) -> None:
         """Ends the process from the watcher's thread, whatever the main thread is doing."""
         for callback in self._callbacks:
             with contextlib.suppress(Exception):
@@ -164,4 +211,4 @@ class Preemption:
             log.warning(message)
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(0 if number == signal.SIGTERM else 128 + number)
+        os._exit(EXIT_PREEMPTED if number == signal.SIGTERM else 128 + number)

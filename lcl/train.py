@@ -31,15 +31,14 @@ from lcl.data import Batch, Data
 from lcl.evals import HeldOut
 from lcl.evals.heldout import evaluate as evaluate_heldout
 from lcl.models import DecoderConfig
-from lcl.objectives import NextToken
 from lcl.optim import AdamW
 from lcl.parallel import MeshConfig
 from lcl.policies import Guard, Logging, NonFiniteError, leave_out, read_left_out
-from lcl.preemption import Preemption
+from lcl.preemption import EXIT_PREEMPTED, Preemption
 from lcl.recorder import Recorder
 from lcl.report import MetricsWriter, Progress
 from lcl.stages import Span, Stage
-from lcl.step import TrainState, make_eval_step, make_train_step
+from lcl.step import Objective, TrainState, make_eval_step, make_train_step
 
 __all__ = ["evaluate", "make_eval_step", "make_train_step", "train"]
 CONFIGURABLES = ("train",)
@@ -55,7 +54,7 @@ def train(
     data: Data,
     stages: Sequence[Stage],
     optimizer: AdamW,
-    objective: NextToken,
+    objective: Objective,
     mesh: MeshConfig,
     checkpoint: CheckpointPolicy,
     evaluation: HeldOut,
@@ -90,6 +89,7 @@ def train(
     Raises:
       ValueError: a configuration that cannot run, in one line that names the mend.
       NonFiniteError: see `lcl.policies.Guard`.
+      SystemExit: after SIGTERM, once the state is saved; its code is EXIT_PREEMPTED.
     """
     run_dir = pathlib.Path(run_dir)
     run = assemble(
@@ -120,6 +120,8 @@ def train(
                 leave_out(run_dir, error.step)
     if not finished:
         log.info("stopped by a signal; the same command goes on from here")
+        if not preemption.interrupted:  # a scheduler's SIGTERM: its launcher reads the code
+            raise SystemExit(EXIT_PREEMPTED)
     elif logging.report and jax.process_index() == 0:
         from lcl.report import build_report  # Matplotlib: seconds that a start should not pay
 

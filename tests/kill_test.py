@@ -18,8 +18,11 @@ import time
 
 import pytest
 
+from lcl.preemption import EXIT_PREEMPTED
+
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # for the long form, run as a script
+
 
 NUM_STEPS = 80
 
@@ -125,7 +128,7 @@ def test_sigkill_at_random_moments_changes_nothing(reference):
     assert result(base / "killed") == want
 
 
-def test_sigterm_saves_and_exits_zero_and_the_run_goes_on(reference):
+def test_sigterm_saves_and_exits_with_the_launchers_code_and_the_run_goes_on(reference):
     base, root, want, _ = reference
     run_dir = base / "terminated"
     child = start(root, run_dir)
@@ -134,7 +137,7 @@ def test_sigterm_saves_and_exits_zero_and_the_run_goes_on(reference):
         assert child.poll() is None, pathlib.Path(f"{run_dir}.log").read_text()[-4000:]
         time.sleep(0.02)
     child.terminate()
-    assert child.wait(timeout=60) == 0
+    assert child.wait(timeout=60) == EXIT_PREEMPTED
     log = pathlib.Path(f"{run_dir}.log").read_text()
     assert "goes on from here" in log, log[-2000:]
     done = json.loads(metrics.read_text().splitlines()[-1])["step"] + 1

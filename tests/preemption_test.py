@@ -11,7 +11,7 @@ import threading
 
 import pytest
 
-from lcl.preemption import Preemption
+from lcl.preemption import EXIT_PREEMPTED, Preemption
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
@@ -63,7 +63,7 @@ def test_a_signal_in_the_middle_of_a_native_call_ends_the_process_at_once(what):
         "        print('not reached')\n"
     )
     code, out, err = finish(child, signal.SIGTERM)
-    assert (code, out) == (0, "flushed\n")
+    assert (code, out) == (EXIT_PREEMPTED, "flushed\n")
     assert "SIGTERM" in err and "Traceback" not in err
 
 
@@ -121,7 +121,7 @@ def test_a_signal_before_the_block_leaves_on_entering_it():
         "    with p.nothing_to_save():\n"
         "        print('not reached')\n"
     )
-    assert finish(child)[:2] == (0, "")
+    assert finish(child)[:2] == (EXIT_PREEMPTED, "")
 
 
 def test_an_event_loop_that_took_the_descriptor_does_not_deafen_the_watcher():
@@ -133,7 +133,7 @@ def test_an_event_loop_that_took_the_descriptor_does_not_deafen_the_watcher():
         "    with p.nothing_to_save():\n"
         f"        print('ready', flush=True); {BUSY}\n"
     )
-    assert finish(child, signal.SIGTERM)[0] == 0
+    assert finish(child, signal.SIGTERM)[0] == EXIT_PREEMPTED
 
 
 def test_after_an_orbax_save_a_signal_still_reaches_a_native_call(tmp_path):
@@ -147,7 +147,7 @@ def test_after_an_orbax_save_a_signal_still_reaches_a_native_call(tmp_path):
         "    with p.nothing_to_save():\n"
         f"        print('ready', flush=True); {BUSY}\n"
     )
-    assert finish(child, signal.SIGTERM)[0] == 0
+    assert finish(child, signal.SIGTERM)[0] == EXIT_PREEMPTED
 
 
 def test_the_old_handlers_come_back():
@@ -174,3 +174,29 @@ def test_outside_the_main_thread_it_watches_nothing(caplog):
     thread.join()
     assert seen == [False]
     assert "not in the main thread" in caplog.text
+
+
+def test_processes_ask_each_other_by_steps_and_oftener_where_these_are_long(monkeypatch):
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    clock, asked, step = [0.0], [], [0]
+
+    def gather(mine):
+        asked.append(step[0])
+        return np.stack([mine, [float(step[0] >= 200), mine[1]]])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+    monkeypatch.setattr("lcl.preemption.time.monotonic", lambda: clock[0])
+    preemption = Preemption()
+    stopped = []
+    for step[0] in range(7, 210):
+        stopped.append(preemption.should_stop(step[0]))
+        clock[0] += 0.01 if step[0] < 100 else 1.0
+        if stopped[-1]:
+            break
+    assert asked[:4] == [7, 8, 18, 28]
+    assert np.diff(asked[-9:]).tolist() == [2] * 8
+    assert 200 <= step[0] <= 201 and sum(stopped) == 1

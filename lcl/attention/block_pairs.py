@@ -20,7 +20,7 @@ tokens in blocks of 128 (`default_block` keeps it below 16 MiB at 1M).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,11 +90,11 @@ def block_rows(
 class _Ranges(NamedTuple):
     """Inclusive ranges over the real tokens of each block, and whether they are one document."""
 
-    first_row: jax.Array
-    last_row: jax.Array
-    first_segment: jax.Array | None = None
-    last_segment: jax.Array | None = None
-    uniform: jax.Array | None = None
+    first_row: Any
+    last_row: Any
+    first_segment: Any = None
+    last_segment: Any = None
+    uniform: Any = None
 
     def along(self, axis: int) -> _Ranges:
         return _Ranges(*(None if x is None else jnp.expand_dims(x, axis) for x in self))

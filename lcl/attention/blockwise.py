@@ -98,8 +98,8 @@ def blockwise(
       >>> out[0, :, 0, 0].tolist()
       [2.0, 3.0]
     """
-    plan, *rows = _prepare(q_BTNH, k_BSKH, mask, query, key, scale, soft_cap, block)
-    return _attend(q_BTNH, k_BSKH, v_BSKH, *rows, plan)
+    plan, query_rows, key_rows = _prepare(q_BTNH, k_BSKH, mask, query, key, scale, soft_cap, block)
+    return _attend(q_BTNH, k_BSKH, v_BSKH, query_rows, key_rows, plan)
 
 
 def blockwise_forward(
@@ -126,8 +126,9 @@ def blockwise_forward(
     Example (two parts a and b are joined so, `lse` of shape [B, T, N, 1]):
       lse = logaddexp(lse_a, lse_b);  out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b
     """
-    plan, *rows = _prepare(q_BTNH, k_BSKH, mask, query, key, scale, soft_cap, block)
-    out_BTNH, lse_BTN = _forward(q_BTNH, k_BSKH, v_BSKH, *rows, plan, jnp.float32)
+    plan, query_rows, key_rows = _prepare(q_BTNH, k_BSKH, mask, query, key, scale, soft_cap, block)
+    args = q_BTNH, k_BSKH, v_BSKH, query_rows, key_rows
+    out_BTNH, lse_BTN = _forward(*args, plan, jnp.float32)
     return out_BTNH, jnp.where(lse_BTN == _NO_SUM, -jnp.inf, lse_BTN)
 
 
@@ -157,11 +158,11 @@ def blockwise_backward(
     Returns:
       dq_BTNH, dk_BSKH, dv_BSKH in float32: dq sums over parts, dk and dv belong to these keys.
     """
-    plan, *rows = _prepare(q_BTNH, k_BSKH, mask, query, key, scale, soft_cap, block)
+    plan, query_rows, key_rows = _prepare(q_BTNH, k_BSKH, mask, query, key, scale, soft_cap, block)
     lse_BTN = jnp.where(jnp.isneginf(lse_BTN), _NO_SUM, lse_BTN)
     dout_BTNH = dout_BTNH.astype(q_BTNH.dtype)
-    args = q_BTNH, k_BSKH, v_BSKH, lse_BTN, delta_BTN, dout_BTNH
-    return _backward(*args, *rows, plan, jnp.float32)
+    args = q_BTNH, k_BSKH, v_BSKH, lse_BTN, delta_BTN, dout_BTNH, query_rows, key_rows
+    return _backward(*args, plan, jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +176,9 @@ class _Plan:
     key_block: int
 
 
-def _prepare(q_BTNH, k_BSKH, mask, query, key, scale, soft_cap, block):
+def _prepare(
+    q_BTNH, k_BSKH, mask, query, key, scale, soft_cap, block
+) -> tuple[_Plan, BlockedRows, BlockedRows]:
     """The plan, and the rows of queries and keys cut into its blocks."""
     if mask.explicit is not None:
         raise ValueError('attention "blockwise" takes no explicit mask; use impl="reference"')
@@ -408,10 +411,10 @@ def _attend_forward(q_BTNH, k_BSKH, v_BSKH, query: BlockedRows, key: BlockedRows
 
 
 def _attend_backward(plan: _Plan, residuals, dout_BTNH):
-    q_BTNH, k_BSKH, v_BSKH, out_BTNH, lse_BTN, *rows = residuals
+    q_BTNH, k_BSKH, v_BSKH, out_BTNH, lse_BTN, query, key = residuals
     delta_BTN = jnp.sum(dout_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=-1)
-    args = q_BTNH, k_BSKH, v_BSKH, lse_BTN, delta_BTN, dout_BTNH
-    return *_backward(*args, *rows, plan, q_BTNH.dtype), None, None
+    args = q_BTNH, k_BSKH, v_BSKH, lse_BTN, delta_BTN, dout_BTNH, query, key
+    return *_backward(*args, plan, q_BTNH.dtype), None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lcl.attention.api import attend
+from lcl.attention.api import attend, check_attention
 from lcl.attention.mask import Mask
+from lcl.attention.rows import Relation, Rows
 
-__all__ = ["Mask", "attend"]
+__all__ = ["Mask", "Relation", "Rows", "attend", "check_attention"]

@@ -40,6 +40,12 @@ def ambient_mesh() -> AbstractMesh | None:
     return mesh
 
 
+def manual_axis_size(axis: str) -> int:
+    """Devices along `axis` if we stand inside a `shard_map` that has taken it, else 1."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.shape[axis] if axis in mesh.manual_axes else 1
+
+
 def axis_size(mesh: AbstractMesh, axes: str | Sequence[str]) -> int:
     """The number of devices along `axes`; an axis that the mesh lacks counts 1."""
     names = (axes,) if isinstance(axes, str) else tuple(axes)

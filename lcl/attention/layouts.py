@@ -18,6 +18,8 @@ tokens. A row of 8 tokens over context=2, named by their original index:
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 LAYOUTS = ("contiguous", "zigzag", "striped")
@@ -103,6 +105,32 @@ def row_index(layout: str, batch: int, length: int, context: int) -> np.ndarray:
     """
     order = permutation(layout, length, context).astype(np.int32)
     return np.broadcast_to(order, (batch, length)).copy()
+
+
+def device_rows(layout: str, place: Any, local_length: int, context: int, device: Any) -> Any:
+    """The original index of the token at `place` on `device`: `permutation` in closed form.
+
+    Arithmetic only, so that a device can compute its own rows instead of being sent a table.
+
+    Args:
+      layout: one of LAYOUTS.
+      place: int or int array, 0 .. local_length - 1.
+      local_length: tokens of a row on one device.
+      context: devices that share a row.
+      device: int or int array, place along the context axis.
+
+    Example:
+      >>> device_rows("zigzag", np.arange(4), 4, 2, 0).tolist()
+      [0, 1, 6, 7]
+    """
+    if layout == "striped":
+        return place * context + device
+    if layout == "zigzag" and context > 1:
+        half = local_length // 2
+        late = place >= half
+        chunk = device + late * (2 * context - 1 - 2 * device)
+        return chunk * half + place - late * half
+    return device * local_length + place
 
 
 def _nearest(length: int, multiple: int) -> int:

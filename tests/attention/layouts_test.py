@@ -18,6 +18,10 @@ def test_layouts_are_permutations_and_invert(layout, length, context):
     row = np.random.default_rng(0).normal(size=length)
     assert (row[order][layouts.inverse(layout, length, context)] == row).all()
     index = layouts.row_index(layout, 3, length, context)
+    places = np.arange(length // context)
+    devices = np.arange(context)[:, None]
+    closed = layouts.device_rows(layout, places, len(places), context, devices)
+    assert (closed.reshape(-1) == order).all()
     assert index.dtype == np.int32 and (index == order).all() and index.shape == (3, length)
 
 

@@ -1,0 +1,317 @@
+"""Ring attention: rows longer than a device holds; keys and values travel, queries stay.
+
+Legend: B batch, T tokens of a row on one device (queries, keys), N query heads, K key/value heads,
+H head dim, c devices that share a row.
+
+    step        0         1         2         3         each device attends to the keys it holds,
+    device 0    k0        k3        k2        k1        while they are already on their way to the
+    device 1    k1   ->   k0   ->   k3   ->   k2        next device; what it has found is joined
+    device 2    k2        k1        k0        k3        with what it finds (`merge`, exact). With
+    device 3    k3        k2        k1        k0        the keys go their row indices and documents.
+
+    backward    the same way once more; k, v carry float32 sums dk, dv along, which come home with
+                the last hop. The saved out and log-sum-exp are those of the whole row.
+
+Memory a device: O(T), whatever c. The loop over steps is rolled, so compile time does not grow with
+c. Sent a device and pass: forward c - 1 times (k, v), backward c - 1 times (k, v) and c times
+(dk, dv); the last step stands outside the loop, so that k and v are not sent to where nobody needs
+them.
+
+Inside is blockwise attention, which decides by the travelling row indices, hence any order of rows,
+or on TPU splash attention, whose mask is compiled in: one kernel for each case that the layout
+leaves (`ring_cases`).
+
+Liu, Zaharia and Abbeel 2023 (arXiv:2310.01889); joining and backward as in FlashAttention-2
+(arXiv:2307.08691).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from lcl.attention.blockwise import blockwise_backward, blockwise_forward
+from lcl.attention.mask import Mask
+from lcl.attention.ring_cases import Case, Cases, ring_cases
+from lcl.attention.rows import Rows
+from lcl.attention.splash import BlockSizes
+from lcl.attention.splash_partial import splash_backward, splash_forward
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """What is known of a ring when compiling.
+
+    Attributes:
+      context: devices in the ring.
+      mask: causal, window; prefix with blockwise only.
+      layout: how rows are laid out over the devices; splash goes by it.
+      inner: "blockwise" or "splash".
+      scale, soft_cap, block_sizes, interpret: as for the inner attention.
+      axis: mesh axis of the ring.
+    """
+
+    context: int
+    mask: Mask
+    layout: str = "contiguous"
+    inner: str = "blockwise"
+    scale: float | None = None
+    soft_cap: float | None = None
+    block_sizes: BlockSizes | None = None
+    interpret: bool = False
+    axis: str = "context"
+
+
+def merge(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple:
+    """Joins attention over two disjoint sets of keys into attention over both.
+
+    Args:
+      a, b: (out, lse) each: out float32 [..., H], the softmax average over its own keys, 0 without
+        keys; lse float32 [...], log of the sum of exp(scores), -inf without keys.
+
+    Returns:
+      (out, lse) over the union.
+
+    Example (two keys of equal score, values 2 and 4):
+      >>> out, lse = merge((jnp.array([2.0]), jnp.array(0.0)), (jnp.array([4.0]), jnp.array(0.0)))
+      >>> float(out[0]), round(float(lse), 4)
+      (3.0, 0.6931)
+    """
+    (out_a, lse_a), (out_b, lse_b) = a, b
+    top = jnp.maximum(lse_a, lse_b)
+    # Without keys on both sides, -inf - -inf would be NaN; 0 gives exp(-inf) = 0 twice.
+    top = jnp.where(jnp.isneginf(top), 0.0, top)
+    weight_a, weight_b = jnp.exp(lse_a - top), jnp.exp(lse_b - top)
+    total = weight_a + weight_b
+    some = total > 0.0
+    total = jnp.where(some, total, 1.0)
+    out = (weight_a / total)[..., None] * out_a + (weight_b / total)[..., None] * out_b
+    return out, jnp.where(some, top + jnp.log(total), -jnp.inf)
+
+
+def ring(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, rows: Rows, plan: Ring
+) -> jax.Array:
+    """softmax(scale * q k^T + mask) v over rows that a ring of devices shares; inside `shard_map`.
+
+    Args:
+      q_BTNH, k_BTKH, v_BTKH: this device's tokens, float32 or bfloat16.
+      rows: their original row indices (blockwise inside: required where context > 1) and documents.
+      plan: the ring.
+
+    Returns:
+      [B, T, N, H] in q's dtype; differentiable once, in reverse. A query that sees no key gives 0,
+      and its gradients are 0. Output and log-sum-exp are tagged "context" and "context_lse": with
+      both kept, the backward pass needs no second ring forward.
+
+    Raises:
+      ValueError: what the inner attention cannot serve.
+    """
+    return _ring(q_BTNH, k_BTKH, v_BTKH, rows, plan)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _ring(q_BTNH, k_BTKH, v_BTKH, rows: Rows, plan: Ring):
+    return _forward(q_BTNH, k_BTKH, v_BTKH, rows, plan)[0]
+
+
+def _forward(q_BTNH, k_BTKH, v_BTKH, rows: Rows, plan: Ring):
+    inner = _inner(plan, q_BTNH.shape[1])
+    keys = (k_BTKH, v_BTKH, rows)
+
+    def step(found, keys, number):
+        return inner.forward(found, q_BTNH, rows, keys, number)
+
+    found = inner.forward(None, q_BTNH, rows, keys, 0)
+    out_BTNH, lse_BTN = _travel(step, found, keys, inner.num_steps, plan)
+    out_BTNH = checkpoint_name(out_BTNH.astype(q_BTNH.dtype), "context")
+    lse_BTN = checkpoint_name(lse_BTN, "context_lse")
+    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, rows, out_BTNH, lse_BTN)
+
+
+def _backward(plan: Ring, residuals, dout_BTNH):
+    q_BTNH, k_BTKH, v_BTKH, rows, out_BTNH, lse_BTN = residuals
+    inner = _inner(plan, q_BTNH.shape[1])
+    delta_BTN = jnp.sum(dout_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=-1)
+    queries = (q_BTNH, lse_BTN, delta_BTN, dout_BTNH.astype(q_BTNH.dtype), rows)
+    keys = (k_BTKH, v_BTKH, rows)
+
+    def step(sums, keys, number):
+        dq, dkv, last = sums
+        # On its way while this step computes: the sum over all steps but the one just done.
+        dkv = _shift(jax.tree.map(jnp.add, dkv, last), plan)
+        dq, *last = inner.backward(dq, queries, keys, number)
+        return dq, dkv, tuple(last)
+
+    dq, *dkv = inner.backward(None, queries, keys, 0)
+    zeros = tuple(jnp.zeros_like(x) for x in dkv)
+    sums = (dq, tuple(dkv), zeros)
+    dq, dkv, last = _travel(step, sums, keys, inner.num_steps, plan)
+    dk, dv = _shift(jax.tree.map(jnp.add, dkv, last), plan, -inner.num_steps)
+    return dq.astype(q_BTNH.dtype), dk.astype(k_BTKH.dtype), dv.astype(v_BTKH.dtype), None
+
+
+_ring.defvjp(_forward, _backward)
+
+
+def _travel(step: Callable, state: Any, keys: Any, num_steps: int, plan: Ring) -> Any:
+    """state = step(state, keys of `number` devices back, number) for number = 1 .. num_steps."""
+    if not num_steps:
+        return state
+
+    def rolled(carry, number):
+        state, keys = carry
+        # Neither depends on the other: the next keys arrive while these are attended to.
+        return (step(state, keys, number), _shift(keys, plan)), None
+
+    keys = _shift(keys, plan)
+    if num_steps > 1:
+        (state, keys), _ = lax.scan(rolled, (state, keys), jnp.arange(1, num_steps))
+    return step(state, keys, jnp.int32(num_steps))
+
+
+def _shift(x: Any, plan: Ring, by: int = 1) -> Any:
+    """Every leaf from each device to the one `by` further on."""
+    pairs = [(i, (i + by) % plan.context) for i in range(plan.context)]
+    if by % plan.context == 0:
+        return x
+    return jax.tree.map(lambda leaf: lax.ppermute(leaf, plan.axis, pairs), x)
+
+
+def _inner(plan: Ring, local_length: int) -> _Blockwise | _Splash:
+    if plan.inner == "blockwise":
+        return _Blockwise(plan)
+    return _Splash(plan, ring_cases(plan.mask, plan.layout, local_length, plan.context))
+
+
+class _Blockwise:
+    """Every step is the same: what a query sees, the travelling rows say."""
+
+    def __init__(self, plan: Ring) -> None:
+        self.num_steps = plan.context - 1
+        self._rules: dict[str, Any] = dict(mask=plan.mask, scale=plan.scale, soft_cap=plan.soft_cap)
+
+    def forward(self, found, q_BTNH, rows: Rows, keys, number):
+        k_BSKH, v_BSKH, key_rows = keys
+        part = blockwise_forward(q_BTNH, k_BSKH, v_BSKH, query=rows, key=key_rows, **self._rules)
+        return part if found is None else merge(found, part)
+
+    def backward(self, dq_BTNH, queries, keys, number):
+        q_BTNH, *sums, rows = queries
+        k_BSKH, v_BSKH, key_rows = keys
+        dq, dk, dv = blockwise_backward(
+            q_BTNH, k_BSKH, v_BSKH, *sums, query=rows, key=key_rows, **self._rules
+        )
+        return dq if dq_BTNH is None else dq_BTNH + dq, dk, dv
+
+
+class _Splash:
+    """A kernel for each case; step 0 has its own, the others look theirs up."""
+
+    def __init__(self, plan: Ring, cases: Cases) -> None:
+        self.num_steps = cases.num_steps
+        self._plan = plan
+        self._cases = cases
+        self._rules: dict[str, Any] = dict(
+            scale=plan.scale,
+            soft_cap=plan.soft_cap,
+            block_sizes=plan.block_sizes,
+            interpret=plan.interpret,
+        )
+
+    def _switch(self, number, branch: Callable, *operands):
+        """branch(case)(*operands) for the case of this device and that `number` back."""
+        branches = [branch(case) for case in self._cases.distinct]
+        if len(branches) == 1:
+            return branches[0](*operands)
+        here = lax.axis_index(self._plan.axis)
+        which = jnp.asarray(self._cases.which)[here, (here - number) % self._plan.context]
+        return lax.switch(which, branches, *operands)
+
+    def forward(self, found, q_BTNH, rows: Rows, keys, number):
+        queries = (q_BTNH, rows.segment_ids_BT)
+        keys = (keys[0], keys[1], keys[2].segment_ids_BT)
+        if found is None:
+            return self._attend(self._cases.own, *queries, *keys)
+
+        def branch(case: Case | None):
+            def add(found, queries, keys):
+                if case is None:
+                    return found
+                part = self._attend(case, *_late(queries, case), *_early(keys, case))
+                joined = merge(_late(found, case), part)
+                return jax.tree.map(partial(_put_late, case=case), found, joined)
+
+            return add
+
+        return self._switch(number, branch, found, queries, keys)
+
+    def _attend(self, case: Case, q_BTNH, query_segments, k_BSKH, v_BSKH, key_segments):
+        return splash_forward(
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            relation=case.relation,
+            query_segments_BT=query_segments,
+            key_segments_BS=key_segments,
+            **self._rules,
+        )
+
+    def backward(self, dq_BTNH, queries, keys, number):
+        *queries, rows = queries
+        queries = (*queries, rows.segment_ids_BT)
+        keys = (keys[0], keys[1], keys[2].segment_ids_BT)
+        if dq_BTNH is None:
+            return self._gradients(self._cases.own, queries, keys)
+
+        def branch(case: Case | None):
+            def add(dq_BTNH, queries, keys):
+                k_BSKH, v_BSKH, _ = keys
+                if case is None:
+                    return dq_BTNH, *(jnp.zeros(x.shape, jnp.float32) for x in (k_BSKH, v_BSKH))
+                dq, dk, dv = self._gradients(case, _late(queries, case), _early(keys, case))
+                dq = _put_late(dq_BTNH, _late(dq_BTNH, case) + dq, case)
+                missing = k_BSKH.shape[1] - dk.shape[1]
+                pad = [(0, 0), (0, missing), (0, 0), (0, 0)]
+                return dq, jnp.pad(dk, pad), jnp.pad(dv, pad)
+
+            return add
+
+        return self._switch(number, branch, dq_BTNH, queries, keys)
+
+    def _gradients(self, case: Case, queries, keys):
+        q_BTNH, lse_BTN, delta_BTN, dout_BTNH, query_segments = queries
+        k_BSKH, v_BSKH, key_segments = keys
+        return splash_backward(
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            lse_BTN,
+            delta_BTN,
+            dout_BTNH,
+            relation=case.relation,
+            query_segments_BT=query_segments,
+            key_segments_BS=key_segments,
+            **self._rules,
+        )
+
+
+def _late(x: Any, case: Case) -> Any:
+    """The queries that take part."""
+    return jax.tree.map(lambda y: y[:, y.shape[1] // 2 :], x) if case.late_queries else x
+
+
+def _early(x: Any, case: Case) -> Any:
+    """The keys that take part."""
+    return jax.tree.map(lambda y: y[:, : y.shape[1] // 2], x) if case.early_keys else x
+
+
+def _put_late(x: jax.Array, late: jax.Array, case: Case) -> jax.Array:
+    return x.at[:, x.shape[1] // 2 :].set(late) if case.late_queries else late

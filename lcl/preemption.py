@@ -39,8 +39,6 @@ from typing import Any
 
 log = logging.getLogger("lcl.preemption")
 
-EXIT_PREEMPTED = 75
-
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 # "Told to go, and nothing is lost: start me again" (EX_TEMPFAIL of sysexits.h). The launchers start
@@ -68,7 +66,6 @@ class Preemption:
         self._next_agreement: int | None = None
         self._number: int | None = None  # the first signal
         self._requested = threading.Event()
-        self._interrupts = 0
         self._lock = threading.RLock()
         self._unsaved_nothing = 0  # how many nothing_to_save blocks the main thread is in
         self._callbacks: list[Callable[[], None]] = []
@@ -81,11 +78,6 @@ class Preemption:
     def requested(self) -> bool:
         """Whether this process has been told to stop."""
         return self._requested.is_set()
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether it was a person, by Ctrl-C, who told it: then nobody is to start it again."""
-        return self._interrupts > 0
 
     @property
     def exit_code(self) -> int:
@@ -137,7 +129,7 @@ class Preemption:
             yield
             return
         if self.requested:
-            raise SystemExit(130 if self.interrupted else EXIT_PREEMPTED)
+            raise SystemExit(self.exit_code)
         # An event loop that ran in this thread meanwhile (Orbax's) may have taken the descriptor.
         assert self._write is not None
         signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
@@ -183,6 +175,7 @@ class Preemption:
 
     def _watch(self, read: socket.socket) -> None:
         """The watcher thread: one byte a signal."""
+        interrupts = 0
         with read:
             while data := read.recv(64):
                 for number in data:
@@ -191,12 +184,12 @@ class Preemption:
                     first, name = not self.requested, signal.Signals(number).name
                     if first:
                         self._number = number
-                    self._interrupts += number == signal.SIGINT
+                    interrupts += number == signal.SIGINT
                     self._requested.set()
                     with self._lock:
                         if self._unsaved_nothing:
                             self._leave(f"{name}: nothing is unsaved, leaving")
-                        elif self._interrupts > 1:
+                        elif interrupts > 1:
                             self._number = number
                             self._leave(f"second {name}: leaving without saving")
                     if first:
@@ -211,4 +204,4 @@ class Preemption:
             log.warning(message)
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(EXIT_PREEMPTED if number == signal.SIGTERM else 128 + number)
+        os._exit(self.exit_code)

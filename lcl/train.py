@@ -34,7 +34,7 @@ from lcl.models import DecoderConfig
 from lcl.optim import AdamW
 from lcl.parallel import MeshConfig
 from lcl.policies import Guard, Logging, NonFiniteError, leave_out, read_left_out
-from lcl.preemption import EXIT_PREEMPTED, Preemption
+from lcl.preemption import Preemption
 from lcl.recorder import Recorder
 from lcl.report import MetricsWriter, Progress
 from lcl.stages import Span, Stage
@@ -89,7 +89,7 @@ def train(
     Raises:
       ValueError: a configuration that cannot run, in one line that names the mend.
       NonFiniteError: see `lcl.policies.Guard`.
-      SystemExit: after SIGTERM, once the state is saved; its code is EXIT_PREEMPTED.
+      SystemExit: after SIGTERM or Ctrl-C, once the state is saved; codes in lcl.preemption.
     """
     run_dir = pathlib.Path(run_dir)
     run = assemble(
@@ -120,8 +120,7 @@ def train(
                 leave_out(run_dir, error.step)
     if not finished:
         log.info("stopped by a signal; the same command goes on from here")
-        if not preemption.interrupted:  # a scheduler's SIGTERM: its launcher reads the code
-            raise SystemExit(EXIT_PREEMPTED)
+        raise SystemExit(preemption.exit_code)  # which its launcher reads
     elif logging.report and jax.process_index() == 0:
         from lcl.report import build_report  # Matplotlib: seconds that a start should not pay
 

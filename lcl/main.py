@@ -211,6 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", default=None, metavar="FOLDER", help="write NAME.json and NAME.md")
     sub.add_argument("--json", action="store_true", help="print JSON")
     sub.add_argument("--save", default=None, metavar="FILE", help="write the executable")
+    sub.add_argument("--load", default=None, metavar="FILE", help="print what --save wrote beside")
     sub.add_argument(
         "--hlo", default=None, metavar="FILE", help="write the compiled program's text"
     )
@@ -413,9 +414,15 @@ def _compile(arguments: argparse.Namespace) -> int:
     from lcl import config
     from lcl.parallel.topologies import aot_environment
 
+    os.environ.update(aot_environment())
+    if arguments.load:
+        from lcl.parallel import ahead_of_time, compile_report
+
+        saved = ahead_of_time.read_report(pathlib.Path(arguments.load))
+        print(json.dumps(saved, indent=1) if arguments.json else compile_report.report_text(saved))
+        return 0
     if not arguments.gin_files:
         raise ValueError("no configuration: give --gin_file, such as one of configs/pods")
-    os.environ.update(aot_environment())
     given = {
         "topology": arguments.topology,
         "stage": arguments.stage,
@@ -445,7 +452,10 @@ def _prepare_jax() -> None:
     import jax
 
     from lcl.parallel import host_device_environment, initialize_distributed
+    from lcl.parallel.host_devices import without_accelerator
 
+    if "JAX_PLATFORMS" not in os.environ and without_accelerator():
+        jax.config.update("jax_platforms", "cpu")  # libtpu would look for a TPU, and take its time
     os.environ.update(host_device_environment())  # read when the backend starts
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

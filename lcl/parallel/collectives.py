@@ -107,13 +107,13 @@ def parse_program(text: str) -> Program:
     """Splits a program's text into computations and instructions."""
     computations: dict[str, list[Instruction]] = {}
     entry, current = "", None
-    for line in text.splitlines():
+    for line in _logical_lines(text):
         header = _HEADER.match(line)
         if header and not line.startswith(" "):
             current = computations.setdefault(header[1], [])
             if line.startswith("ENTRY"):
                 entry = header[1]
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":
             current = None
         elif current is not None and (found := _INSTRUCTION.match(line)):
             opcode = _OPCODE.search(" " + found[2])
@@ -123,6 +123,18 @@ def parse_program(text: str) -> Program:
                     Instruction(found[1], found[2][:at], opcode[1], found[2][max(at - 1, 0) :])
                 )
     return Program({name: tuple(lines) for name, lines in computations.items()}, entry)
+
+
+def _logical_lines(text: str) -> Iterator[str]:
+    """The text's lines, those that a kernel's metadata broke in two joined again."""
+    line = ""
+    for part in text.splitlines():
+        if part.startswith((" ", "%", "ENTRY", "HloModule")) or part.rstrip() in ("}", ""):
+            yield line
+            line = part
+        else:
+            line += part
+    yield line
 
 
 def array_bytes(result: str) -> list[float]:
@@ -340,7 +352,7 @@ def _iota(text: str) -> np.ndarray:
 
 
 def _mesh_groups(mesh: str, devices: str | None, axes: str, num_devices: int) -> np.ndarray:
-    """Groups along named axes of a mesh that the text itself gives; an axis may be cut: 'x':(2)4."""
+    """Groups along axes of a mesh that the text gives; an axis may be cut in parts, 'x':(2)4."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
     flat = _iota(devices) if devices else np.arange(num_devices)
     parts: list[tuple[str, int]] = []

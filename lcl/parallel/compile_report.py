@@ -95,7 +95,7 @@ def advice(memory: OutOfMemory, settings: Mapping[str, Any]) -> list[str]:
     steps = []
     if settings["remat"] in ("none", "dots", "save_qkv", "save_qkv_context"):
         steps.append(
-            f"DecoderConfig.remat = 'full' (now {settings['remat']!r}): keep each layer's input only"
+            f"DecoderConfig.remat = 'full' (now {settings['remat']!r}): keep layers' inputs only"
         )
     if settings["residual_dtype"] == "float32":
         steps.append(

@@ -15,6 +15,7 @@ only pretended, since idle threads beside real cores make a step about 20% slowe
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Mapping
@@ -67,3 +68,15 @@ def host_device_environment(
     if count > cores and not {"PJRT_NPROC", "NPROC"} & set(environ):
         wanted["PJRT_NPROC"] = str(THREADS_PER_DEVICE * count)
     return wanted
+
+
+def without_accelerator() -> bool:
+    """Whether this machine plainly has neither a TPU nor a GPU: no such device file.
+
+    Says False where it cannot know (not Linux). With libtpu installed for `lcl compile`, JAX would
+    otherwise look for a TPU at every start.
+    """
+    if not os.path.isdir("/dev"):
+        return False
+    patterns = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/kfd", "/dev/dxg")
+    return os.uname().sysname == "Linux" and not any(glob.glob(one) for one in patterns)

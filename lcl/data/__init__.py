@@ -12,6 +12,7 @@ from typing import Any
 _HOMES = {
     "BalancedByStage": "replay_buffers",
     "Batch": "batch",
+    "ChainOrder": "in_context",
     "Contiguous": "replay_buffers",
     "Data": "store",
     "Decomposition": "decomposition",

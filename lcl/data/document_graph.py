@@ -139,6 +139,51 @@ def union_graph(neighbors_NK: Any, similarity_NK: Any) -> Graph:
     return Graph(offsets, others[order], weight[order >> 1])
 
 
+def heaviest_first(neighbors: np.ndarray, similarity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """List the graph's edges from the heaviest to the lightest.
+
+    For what takes edges one after another: a pair whose documents list one another comes twice, and
+    the first time, with the larger weight, is the one that counts. Sparing the search for such
+    pairs makes this twice as fast as `union_graph`. Ties go by the number of the document that
+    lists the other, then by that of the other.
+
+    Args:
+        neighbors, similarity: as `check_neighbors` returns them.
+
+    Returns:
+        (listing, listed), the two documents of each edge.
+
+    Example:
+        >>> first, second = heaviest_first(
+        ...     np.array([[1], [0], [1]]), np.array([[0.9], [0.9], [0.7]])
+        ... )
+        >>> first.tolist(), second.tolist()
+        ([0, 1, 2], [1, 0, 1])
+    """
+    # Each list heaviest first and ties by number, as most are; then a stable sort keeps to that.
+    fine = similarity[:, :-1] > similarity[:, 1:]
+    fine |= (similarity[:, :-1] == similarity[:, 1:]) & (neighbors[:, :-1] <= neighbors[:, 1:])
+    wrong = np.flatnonzero(~fine.all(axis=1))
+    if wrong.size:
+        place = np.lexsort((neighbors[wrong], -similarity[wrong]), axis=1)
+        neighbors, similarity = neighbors.copy(), similarity.copy()
+        neighbors[wrong] = np.take_along_axis(neighbors[wrong], place, axis=1)
+        similarity[wrong] = np.take_along_axis(similarity[wrong], place, axis=1)
+    number = np.int32 if len(neighbors) < 2**31 else np.int64
+    itself = np.arange(len(neighbors), dtype=number).reshape(-1, 1)
+    real = (neighbors >= 0) & (neighbors != itself)
+    source = np.broadcast_to(itself, neighbors.shape)[real]
+    target = neighbors[real].astype(number, copy=False)
+    key = _descending(similarity[real])
+    if key.dtype == np.uint32 and len(key) < 2**32:  # the place in the low bits: nothing is equal
+        key = (key.astype(np.uint64) << np.uint64(32)) | np.arange(len(key), dtype=np.uint64)
+        key.sort()
+        order = (key & np.uint64(2**32 - 1)).astype(np.int64)
+    else:
+        order = _argsort(key)
+    return source[order], target[order]
+
+
 def _unique_pairs(
     low: np.ndarray, high: np.ndarray, weight: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -3,11 +3,12 @@
     store -> vectors -> neighbours -> near-duplicates out -> order
 
     InContext        the paper's path: every document after one that resembles it
+    ChainOrder       short chains along a tree: rows keep to their topic, and it is faster
     KNNOrder         every document followed by its neighbours, so with repeats
     ReleasedOrder    the clusters of the paper's released code, which is another algorithm
 
-All three need rows in which attention crosses documents (`document_mask=False`), cut from the order
-as it stands (`packing="concat"`); then the rows, not the documents, are shuffled.
+All need rows in which attention crosses documents (`document_mask=False`), cut from the order as
+it stands (`packing="concat"`); then the rows, not the documents, are shuffled.
 
 A near-duplicate beside its original teaches copying. So the graph is built without it, and it comes
 after the path, among the other duplicates in a keyed random order: every document is still in the
@@ -30,6 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lcl.data.block_cache import Fields, cached_rows
+from lcl.data.chain_order import CHAIN_LENGTH, chained, check_chain_length
 from lcl.data.embeddings import (
     Embedder,
     FromFunction,
@@ -331,6 +333,29 @@ class InContext(_ByLikeness):
         del seed, domain  # nothing is left to chance
         path = traverse_with_jumps(*among_kept(found.neighbors, kept), degree=self.degree)  # type: ignore[arg-type]
         return Path(kept[path.order], path.starts)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChainOrder(_ByLikeness):
+    """Short chains of near documents along a tree: see `lcl.data.chain_order.chained`.
+
+    Attributes:
+        chain_length: most documents in a chain.
+        embedder, num_neighbors, index, duplicate_threshold, duplicates: as for all orders by
+            likeness.
+    """
+
+    chain_length: int = CHAIN_LENGTH
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_chain_length(self.chain_length)
+
+    def _order_of_kept(self, found: Found, kept: np.ndarray, seed: int, domain: str) -> Path:
+        del seed, domain  # nothing is left to chance
+        lists = among_kept(found.neighbors, kept)
+        order = chained(*lists, chain_length=self.chain_length)
+        return Path(kept[order], mark_jumps(order, lists.ids))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,9 @@ one another, the purity of windows of 32 documents (the share of the commonest t
 hops that are no edge, CPU seconds and peak memory of a process of its own, inputs included.
 
     released    the released heuristic, rewritten (`lcl.data.order_baselines.released`)
-    as script   the same with the sets, dictionaries and array rows of the script: what it costs
+    static, residual    the paper's walk (`lcl.data.ordering.traverse`)
+    chained     short chains along a tree (`lcl.data.chain_order.chained`)
+    as script   released with the sets, dictionaries and array rows of the script: what it costs
 
     python tests/benchmarks/ordering.py [--sizes 10000 100000 1000000] [--only text]
 """
@@ -42,7 +44,7 @@ CORPORA = (
 ).split()
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "lcl"
 NUM_NEIGHBORS = 10
-ORDERS = ("random", "knn", "released", "as script", "static", "residual")
+ORDERS = ("random", "knn", "released", "as script", "static", "residual", "chained")
 
 
 # What is measured runs in a child, so that its memory is its own. A child reads .npy files from a
@@ -104,6 +106,7 @@ def find_neighbors(folder: pathlib.Path, index: str) -> None:
 
 def make_order(folder: pathlib.Path, index: str, order: str) -> None:
     from lcl.data import ordering
+    from lcl.data.chain_order import chained
     from lcl.data.order_baselines import released, with_neighbors
 
     ids = load(folder / f"ids-{index}.npy")
@@ -115,6 +118,8 @@ def make_order(folder: pathlib.Path, index: str, order: str) -> None:
         result = released(ids)
     elif order == "as script":
         result = np.array(as_script(ids))
+    elif order == "chained":
+        result = chained(ids, load(folder / f"similarity-{index}.npy"))
     else:
         similarity = load(folder / f"similarity-{index}.npy")
         result = ordering.traverse(ids, similarity, degree=order)  # type: ignore[arg-type]
@@ -216,20 +221,21 @@ def compare(title: str, folder: pathlib.Path, index: str, topics: dict[str, np.n
             f"{order:10s} {f['mean_similarity']:7.3f} {purities} {f['jumps'] / f['places']:7.1%} "
             f"{f['cpu']:8.2f} {f['peak_mb']:6d}"
         )
-    ours = rows["residual"]
-    ratios = {}
-    for other in ("released", "as script", "static"):
-        theirs = rows[other]
-        ratios[other] = {
-            "cosine": ours["mean_similarity"] / theirs["mean_similarity"],
-            "cpu": theirs["cpu"] / ours["cpu"],
-            **{
-                f"{name}_purity": ours[f"{name}_purity"] / theirs[f"{name}_purity"]
-                for name in topics
-            },
-        }
-        said = ", ".join(f"{k.replace('_', ' ')} {v:.3f}x" for k, v in ratios[other].items())
-        print(f"residual / {other}: {said} (cpu: how many times faster)")
+    ratios: dict = {}
+    for ours in ("residual", "chained"):
+        for other in ("released", "as script", "static"):
+            theirs = rows[other]
+            ratio = {
+                "cosine": rows[ours]["mean_similarity"] / theirs["mean_similarity"],
+                "cpu": theirs["cpu"] / rows[ours]["cpu"],
+                **{
+                    f"{name}_purity": rows[ours][f"{name}_purity"] / theirs[f"{name}_purity"]
+                    for name in topics
+                },
+            }
+            ratios[f"{ours} / {other}"] = ratio
+            said = ", ".join(f"{k.replace('_', ' ')} {v:.3f}x" for k, v in ratio.items())
+            print(f"{ours} / {other}: {said} (cpu: how many times faster)")
     return {"index": index, "orders": rows, "ratios": ratios}
 
 
@@ -374,11 +380,14 @@ def main() -> None:
         for size in arguments.sizes:
             indexes = ["exact", "faiss"] if size <= arguments.exact else ["faiss"]
             result["clusters"].append(on_clusters(size, indexes))
-        print("\ngrowth of the residual walk, CPU seconds a million documents:")
+        print("\ngrowth of the orders, CPU seconds a million documents:")
         for clusters in result["clusters"]:
-            figures = clusters["compared"][-1]["orders"]["residual"]
-            rate = figures["cpu"] / clusters["documents"] * 1e6
-            print(f"{clusters['documents']:9d} documents: {rate:.2f}")
+            rates = [
+                f"{order} {clusters['compared'][-1]['orders'][order]['cpu'] * 1e6 / size:.2f}"
+                for order in ("released", "residual", "chained")
+                for size in [clusters["documents"]]
+            ]
+            print(f"{clusters['documents']:9d} documents: {', '.join(rates)}")
     print(json.dumps(result))
 
 

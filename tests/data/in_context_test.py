@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 
 from lcl.data import in_context
+from lcl.data.chain_order import chained
 from lcl.data.embeddings import FromFunction, HashedTfidf, quantise
-from lcl.data.in_context import InContext, KNNOrder, ReleasedOrder
+from lcl.data.in_context import ChainOrder, InContext, KNNOrder, ReleasedOrder
 from lcl.data.neighbors import nearest
 from lcl.data.order_baselines import released, with_neighbors
 from lcl.data.ordering import jumps, shuffle, traverse
 from tests.data.ordering_test import clustered
 
-KINDS = [InContext, KNNOrder, ReleasedOrder]
+KINDS = [InContext, ChainOrder, KNNOrder, ReleasedOrder]
 
 
 class Documents:
@@ -49,6 +50,7 @@ def test_without_duplicates_the_orders_are_those_of_the_functions(kind):
     lists = nearest(quantise(store.vectors), 10)
     want = {
         InContext: lambda: traverse(*lists),
+        ChainOrder: lambda: chained(*lists),
         KNNOrder: lambda: with_neighbors(shuffle(300, seed=3, domain="d"), lists.ids),
         ReleasedOrder: lambda: released(lists.ids),
     }[kind]()
@@ -226,6 +228,8 @@ def test_nonsense_of_their_own_is_refused():
         InContext(degree="dynamic")
     with pytest.raises(ValueError, match="cluster_size is 0; give 1 or more"):
         ReleasedOrder(cluster_size=0)
+    with pytest.raises(ValueError, match="chain_length is 0; give 1 or more"):
+        ChainOrder(chain_length=0)
 
 
 def test_settings_are_plain_and_tell_orders_apart():
@@ -234,4 +238,5 @@ def test_settings_are_plain_and_tell_orders_apart():
     said = {json.dumps(kind().settings(), sort_keys=True) for kind in KINDS}
     said.add(json.dumps(InContext(HashedTfidf(seed=1)).settings(), sort_keys=True))
     said.add(json.dumps(InContext(duplicates="drop").settings(), sort_keys=True))
-    assert len(said) == 5
+    said.add(json.dumps(ChainOrder(chain_length=16).settings(), sort_keys=True))
+    assert len(said) == 7

@@ -19,8 +19,6 @@ Splash attention: sparse flash attention; JAX, `jax.experimental.pallas.ops.tpu.
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,117 +26,18 @@ from jax import lax
 
 from lcl.attention.mask import Mask
 from lcl.attention.rows import Relation
+from lcl.attention.splash_blocks import BlockSizes
 from lcl.attention.splash_jax import splash_names
-from lcl.attention.splash_tables import QueryRows, Rule, backward_table, forward_table
+from lcl.attention.splash_tables import (
+    QueryRows,
+    Rule,
+    backward_table,
+    forward_table,
+    visible_blocks,
+)
 
-LANES = 128  # what a TPU's vector unit holds across: every block is a multiple
-DEFAULT_BLOCK = 512
-# Scalar memory holds the tables of visible blocks: 1 MiB on v5e, of which the kernel leaves this.
-_MAX_TABLE_BYTES = 900 * 1024
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockSizes:
-    """How many rows of queries and keys each program of the kernel works on.
-
-    They change speed and on-chip memory, never the result. Each must be a multiple of 128 that
-    divides the rows on one device (`key_compute` divides `key`).
-
-    Attributes:
-      query, key: rows fetched by a program of the forward kernel. None: the largest multiple of 128
-        up to 512 that divides the rows.
-      key_compute: keys multiplied at once, of the `key` fetched. None: all.
-      dkv_query, dkv_key, dkv_key_compute: the same for the kernel of dk and dv. None: as forward.
-      dq_query, dq_key: the same for the kernel of dq. None: as forward.
-      fused_backward: dq comes out of the dk, dv kernel, which saves computing the scores again, but
-        as S / dkv_key partial sums, each of q's size: for short rows only.
-
-    Raises:
-      ValueError: a size that is no positive multiple of 128, sizes of a kernel that a fused
-        backward does not have.
-
-    Example:
-      >>> BlockSizes(key=1024, key_compute=512).fit(4096, 4096).dkv_key
-      1024
-      >>> BlockSizes().fit(640, 1024)  # doctest: +ELLIPSIS
-      BlockSizes(query=128, key=512, ...)
-    """
-
-    query: int | None = None
-    key: int | None = None
-    key_compute: int | None = None
-    dkv_query: int | None = None
-    dkv_key: int | None = None
-    dkv_key_compute: int | None = None
-    dq_query: int | None = None
-    dq_key: int | None = None
-    fused_backward: bool = False
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name == "fused_backward" or value is None:
-                continue
-            if value < 1 or value % LANES:
-                raise ValueError(
-                    f"{field.name}={value}: splash blocks are multiples of {LANES}; "
-                    f"use {max(LANES, round(value / LANES) * LANES)}"
-                )
-        if self.fused_backward and (self.dq_query or self.dq_key):
-            raise ValueError(
-                f"dq_query={self.dq_query}, dq_key={self.dq_key}: a fused backward has no dq "
-                "kernel; leave them out, or fused_backward=False"
-            )
-
-    def fit(self, query_length: int, key_length: int) -> BlockSizes:
-        """Every size filled in for rows of these lengths.
-
-        Raises:
-          ValueError: a length that is no multiple of 128, or a size that does not divide it.
-        """
-        query = self.query or _largest_block("queries", query_length)
-        key = self.key or _largest_block("keys", key_length)
-        dkv_key = self.dkv_key or key
-        fitted = BlockSizes(
-            query=query,
-            key=key,
-            key_compute=self.key_compute or key,
-            dkv_query=self.dkv_query or query,
-            dkv_key=dkv_key,
-            dkv_key_compute=self.dkv_key_compute or dkv_key,
-            dq_query=None if self.fused_backward else self.dq_query or query,
-            dq_key=None if self.fused_backward else self.dq_key or key,
-            fused_backward=self.fused_backward,
-        )
-        whole = {
-            "query": query_length,
-            "key": key_length,
-            "key_compute": key,
-            "dkv_query": query_length,
-            "dkv_key": key_length,
-            "dkv_key_compute": dkv_key,
-            "dq_query": query_length,
-            "dq_key": key_length,
-        }
-        for name, length in whole.items():
-            size = getattr(fitted, name)
-            if size and length % size:
-                raise ValueError(
-                    f"{name}={size} does not divide {length}: use a multiple of {LANES} that does, "
-                    "or leave it out"
-                )
-        return fitted
-
-
-def _largest_block(what: str, length: int) -> int:
-    if length % LANES or length < LANES:
-        raise ValueError(
-            f"{length} {what} on a device are no multiple of {LANES}, which splash needs: "
-            f"use rows of {max(LANES, -(-length // LANES) * LANES)} a device, or impl='blockwise'"
-        )
-    return next(
-        size for size in range(DEFAULT_BLOCK, 0, -LANES) if size <= length and length % size == 0
-    )
+# Scalar memory holds a kernel's table of visible blocks. 768 KiB compile for v5e and v5p.
+_MAX_TABLE_BYTES = 768 * 1024
 
 
 def splash_obstacle(
@@ -166,7 +65,7 @@ def splash_obstacle(
         gathered.
     """
     key_length = query_length if key_length is None else key_length
-    blocks = block_sizes or BlockSizes()
+    sizes = block_sizes or BlockSizes()
     if mask.explicit is not None:
         return "splash takes no explicit mask: use impl='reference'"
     if num_heads % num_kv_heads:
@@ -192,22 +91,24 @@ def splash_obstacle(
         lengths += [(query_length, key_length // 2), (query_length // 2, key_length)]
     for queries, keys in lengths:
         try:
-            fitted = blocks.fit(queries, keys)
+            fitted = sizes.fit(queries, keys)
         except ValueError as error:
             return str(error)
-        steps = max(
-            queries * keys // (q * k)
+        blocks_QK = [
+            (queries // q, keys // k)
             for q, k in (
                 (fitted.query, fitted.key),
                 (fitted.dkv_query, fitted.dkv_key),
-                (fitted.dq_query or queries, fitted.dq_key or keys),
+                (fitted.dq_query, fitted.dq_key),
             )
             if q and k
-        )
-        if not Rule.of(mask).full and mask.window is None and 4 * steps > _MAX_TABLE_BYTES:
+        ]
+        # A block's number takes one byte or two, whether to run it another.
+        table_bytes = max(n * m * (2 if max(n, m) <= 128 else 3) for n, m in blocks_QK)
+        if not Rule.of(mask).full and mask.window is None and table_bytes > _MAX_TABLE_BYTES:
             return (
-                f"{queries} queries over {keys} keys are {steps} blocks, more than the table in a "
-                "chip's scalar memory holds: use larger block_sizes, or a larger context"
+                f"{queries} queries over {keys} keys need a table of {table_bytes} bytes in "
+                f"scalar memory (at most {_MAX_TABLE_BYTES}): use larger block_sizes or context"
             )
     return None
 
@@ -453,3 +354,51 @@ def mask_infos(rule: Rule, rows: QueryRows, num_keys: int, blocks: BlockSizes) -
         return info(forward), None, info(dkv)
     dq = forward_table(rule, rows, num_keys, blocks.dq_query, blocks.dq_key)
     return info(forward), info(dq), info(dkv)
+
+
+def splash_flops(
+    mask: Mask | Relation,
+    query_length: int,
+    key_length: int,
+    *,
+    num_heads: int,
+    head_dim: int,
+    block_sizes: BlockSizes | None = None,
+) -> tuple[int, int]:
+    """Matmul FLOPs of the kernels' forward and backward, for one row, by the blocks they visit.
+
+    XLA counts next to nothing for a Pallas kernel that declares no cost, and JAX's splash declares
+    none. A visited block is computed whole, so this is what the chip does, a little more than what
+    the mask needs; segments skip nothing. Forward 2 matmuls a block; backward 7 (dk, dv: 4, dq: 3),
+    or 5 fused. A multiply and an add are 2 FLOPs.
+
+    Args:
+      mask: without a table.
+      query_length, key_length: rows on a device.
+      num_heads, head_dim: of the queries.
+      block_sizes: None: the defaults.
+
+    Returns:
+      (forward, backward).
+
+    Example:
+      >>> forward, backward = splash_flops(
+      ...     Mask(causal=False), 1024, 1024, num_heads=1, head_dim=128
+      ... )
+      >>> forward == 2 * 2 * 1024 * 1024 * 128, backward / forward
+      (True, 3.5)
+    """
+    rule = Rule.of(mask)
+    blocks = (block_sizes or BlockSizes()).fit(query_length, key_length)
+    rows = QueryRows(np.arange(query_length)[None])
+
+    def matmul(query: int | None, key: int | None) -> int:
+        assert query and key
+        seen = visible_blocks(rule, rows, key_length, query, key)
+        return 2 * int(seen.sum()) * query * key * head_dim * num_heads
+
+    forward = 2 * matmul(blocks.query, blocks.key)
+    if blocks.fused_backward:
+        return forward, 5 * matmul(blocks.dkv_query, blocks.dkv_key)
+    dkv = 4 * matmul(blocks.dkv_query, blocks.dkv_key)
+    return forward, dkv + 3 * matmul(blocks.dq_query, blocks.dq_key)

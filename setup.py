@@ -44,6 +44,7 @@ setuptools.setup(
         "tqdm>=4.66",
     ],
     extras_require={
+        # On a TPU VM, and for `lcl compile` on any Linux x86-64 machine: libtpu needs no TPU for that.
         "tpu": ["jax[tpu]>=0.8.0"],
         # Other people's checkpoints and models, to read, write and compare with.
         "hf": ["safetensors>=0.4.5", "transformers>=4.56", "torch>=2.6"],
@@ -58,6 +59,7 @@ setuptools.setup(
             "faiss-cpu>=1.8",
             "hypothesis>=6.100",
             "ipykernel>=6.29",
+            "jax[tpu]>=0.8.0; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "mypy>=1.15",
             "nbclient>=0.10",
             "nbformat>=5.10",

@@ -203,6 +203,17 @@ def _parser() -> argparse.ArgumentParser:
         help="where to; RUN/report if absent, FIRST_RUN/report/compare for several",
     )
 
+    sub = command(
+        "probe", _probe, "Look for leaks of the document mask in every attention, on 8 devices."
+    )
+    sub.add_argument("--impl", action="append", default=[], help="only these; repeatable")
+    sub.add_argument("--context", action="append", type=int, default=[], help="only these degrees")
+    sub.add_argument("--layout", action="append", default=[], help="only these layouts")
+    sub.add_argument("--window", action="append", type=int, default=[], help="beside no window")
+    sub.add_argument("--sequence_length", type=int, default=None, help="64; 4096 on a TPU")
+    sub.add_argument("--quick", action="store_true", help="no gradients, no windows")
+    sub.add_argument("--json", action="store_true", help="print JSON, a finding a row")
+
     sub = command("compile", _compile, "Compile a run's train step for a TPU pod; needs no TPU.")
     sub.add_argument("--topology", default=None, help="v5p-128, 2x v5e-256; over the file's own")
     sub.add_argument("--stage", default=None, help="which; the one of the longest rows if absent")
@@ -408,6 +419,32 @@ def _info(arguments: argparse.Namespace) -> int:
 
     print(info_text(arguments.run_dir))
     return 0
+
+
+def _probe(arguments: argparse.Namespace) -> int:
+    from lcl.parallel import host_device_environment
+
+    # Only a CPU pretends to be several devices; real ones are probed as they are.
+    os.environ.update(host_device_environment(8))
+    _prepare_jax()
+    from lcl.probes import probe_all, table
+
+    findings = probe_all(
+        impls=arguments.impl,
+        contexts=arguments.context,
+        layouts=arguments.layout,
+        windows=arguments.window,
+        length=arguments.sequence_length,
+        quick=arguments.quick,
+        log=lambda text: print(text, file=sys.stderr),
+    )
+    bad = [finding for finding in findings if not finding.good]
+    if arguments.json:
+        print(json.dumps([vars(finding) for finding in findings], indent=1))
+    else:
+        print(table(findings))
+        print(f"{len(findings)} rows probed, {len(bad)} bad")
+    return 1 if bad else 0
 
 
 def _compile(arguments: argparse.Namespace) -> int:

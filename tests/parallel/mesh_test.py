@@ -36,6 +36,28 @@ def test_the_rest_goes_to_the_free_axis(sizes, free, multiple, exact):
             config.sizes(num_devices)
 
 
+class Device:
+    """A device of some slice, which is all that laying out slices asks."""
+
+    device_kind = platform = "cpu"
+    process_index = 0
+
+    def __init__(self, number: int, slice_index: int) -> None:
+        self.id, self.slice_index = number, slice_index
+
+
+def test_data_spans_the_slices_and_nothing_else_does():
+    devices = [Device(number, number % 2) for number in range(8)]
+    grid = MeshConfig(data=-1, fsdp=2).build(devices).devices
+    slices = [
+        [{device.slice_index for device in row.flat} for row in half] for half in grid[:, None]
+    ]
+    assert grid.shape == (4, 2, 1, 1)
+    assert slices == [[{0}], [{0}], [{1}], [{1}]]
+    with pytest.raises(ValueError, match=r"data 1 cannot span 2 slices.* a multiple of 2"):
+        MeshConfig(data=1, fsdp=8).build(devices)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -43,6 +65,7 @@ def test_the_rest_goes_to_the_free_axis(sizes, free, multiple, exact):
         (lambda: MeshConfig(fsdp=-2), r"MeshConfig.fsdp = -2"),
         (lambda: MeshConfig(data=2.0), r"MeshConfig.data = 2.0"),
         (lambda: MeshConfig(context=True), r"MeshConfig.context = True"),
+        (lambda: MeshConfig(context_layout="zag"), r"'zag' must be one of contiguous, zigzag"),
         (lambda: MeshConfig(fsdp=-1), r"leaves data and fsdp at -1: only one axis"),
         (
             lambda: MeshConfig(data=2, tensor=2).sizes(8),

@@ -75,7 +75,9 @@ def ring_cases(mask: Mask, layout: str, local_length: int, context: int) -> Case
             f"prefix_length={mask.prefix_length} has no static cases in a ring: use "
             "impl='all_gather'"
         )
-    if mask.window is not None and layout == "zigzag" and context > 1:
+    if context == 1:
+        layout = "contiguous"
+    if mask.window is not None and layout == "zigzag":
         raise ValueError(
             f"window={mask.window} has no static cases over zigzag rows: use "
             "layout='contiguous' or 'striped'"
@@ -105,7 +107,7 @@ def _case(
         return Case(Relation(causal=False))
     if layout == "striped":
         return _striped(mask, local_length, context, queries - keys)
-    if layout == "zigzag" and context > 1:
+    if layout == "zigzag":
         if queries == keys:
             return Case(Relation(causal=True))
         full = Relation(causal=False)

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lcl.attention import layouts
+from lcl.attention import check_attention
 from lcl.data import Batch
 from lcl.models import Decoder, DecoderConfig
 from lcl.optim import AdamW
@@ -192,8 +192,19 @@ def check_splits(
             f"Accumulate.pieces={pieces} does not split {batch_size} rows over data x fsdp = "
             f"{rows} devices: use {', '.join(map(str, fits))} pieces, or another batch size"
         )
-    if mesh.shape["context"] > 1:
-        layouts.check(context_layout, length, mesh.shape["context"])
+    check_attention(
+        model.attention,
+        mask=model.mask,
+        layout=context_layout if mesh.shape["context"] > 1 else "contiguous",
+        row_length=length,
+        context=mesh.shape["context"],
+        tensor=mesh.shape["tensor"],
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        block_sizes=model.attention_blocks,
+        platform=mesh.abstract_mesh.abstract_device.platform,
+        dtype=model.dtype,
+    )
 
 
 def _by_the_rules(function: Any) -> Any:

@@ -21,6 +21,10 @@ MESHES = {
     "2x4": {"data": 2, "fsdp": 4},
     "2x2x2": {"data": 2, "fsdp": 2, "tensor": 2},
     "2x1x2x2": {"data": 2, "context": 2, "tensor": 2},
+    "1x1x2": {"data": 1, "context": 2},
+    "1x1x4": {"data": 1, "context": 4, "context_layout": "striped"},
+    "2x1x4": {"data": 2, "context": 4, "context_layout": "contiguous"},
+    "1x2x4": {"data": 1, "fsdp": 2, "context": 4},
 }
 
 CHILD = """
@@ -42,16 +46,27 @@ if sys.argv[4] == "decomposed":
     decomposition = Decomposition(4, 6, cycles=2)
     data = StageData(mixture, 64, 8, decomposition=decomposition)
     changes = {"stages": (Stage("both", data, steps=12),)}
+if sys.argv[4] == "accumulated":
+    from lcl.objectives import Accumulate
+
+    changes = {"objective": Accumulate(pieces=2)}
 seen = []
 original = assembly.Assembly.put
 
 
 def put(self, batch, span):
     placed = original(self, batch, span)
+    # A context axis may hold the cells of a row in another order: back to their own.
+    fields = [np.asarray(jax.device_get(field)) for field in placed if field is not None]
+    permuted = placed.row_index is not None
+    assert permuted == (sizes.get("context", 1) > 1 and sizes.get("context_layout") != "contiguous")
+    if permuted:
+        row_index = fields.pop()
+        assert (np.diff(row_index[0]) < 0).any()
+        fields = [np.take_along_axis(x, np.argsort(row_index), axis=1) for x in fields]
     digest = hashlib.sha256()
-    for field in placed:
-        if field is not None:
-            digest.update(np.asarray(jax.device_get(field)).tobytes())
+    for field in fields:
+        digest.update(field.tobytes())
     seen.append(digest.hexdigest())
     return placed
 
@@ -88,7 +103,7 @@ def run_on(base, run_python, done):
 
     def run(mesh: str, name: str, kind: str = "packed") -> tuple[list[str], np.ndarray]:
         if name not in done:
-            devices = int(np.prod(list(MESHES[mesh].values())))
+            devices = int(np.prod([n for n in MESHES[mesh].values() if isinstance(n, int)]))
             words = (str(base / "stores"), str(base / name), json.dumps(MESHES[mesh]), kind)
             result = json.loads(run_python(CHILD, *words, devices=devices).splitlines()[-1])
             assert result["devices"] == devices
@@ -119,7 +134,15 @@ def test_decomposed_batches_are_identical_on_every_mesh(run_on):
         np.testing.assert_allclose(got, want, rtol=LOSS_BOUND, err_msg=f"mesh {mesh}")
 
 
-@pytest.mark.parametrize("first, second", [("1", "2x4"), ("2x2x2", "1")])
+def test_accumulated_gradients_are_the_whole_batch_s_on_a_mesh(run_on):
+    """The loss of a batch in pieces, each spread over the devices, is the loss of the batch."""
+    batches, want = run_on("1", "on-1")
+    others, got = run_on("2x2x2", "accumulated-on-2x2x2", "accumulated")
+    assert others == batches
+    np.testing.assert_allclose(got, want, rtol=LOSS_BOUND)
+
+
+@pytest.mark.parametrize("first, second", [("1", "2x4"), ("2x2x2", "1"), ("1x1x4", "1x1x2")])
 def test_a_run_stopped_on_one_mesh_goes_on_on_another(base, run_on, first, second):
     """torchtitan, Bridge#5637: refused, or the loader's state silently lost."""
     batches, want = run_on("1", "on-1")
@@ -130,3 +153,66 @@ def test_a_run_stopped_on_one_mesh_goes_on_on_another(base, run_on, first, secon
     tail, got = run_on(second, name)
     assert tail == batches[8:], "the resumed run saw other batches"
     np.testing.assert_allclose(got, want, rtol=LOSS_BOUND, err_msg=name)
+
+
+REFUSED = """
+import dataclasses, json, pathlib, sys
+from lcl.data import Mixture, StageData
+from lcl.evals import HeldOut
+from lcl.objectives import Accumulate
+from lcl.parallel import MeshConfig
+from lcl.stages import Stage
+from lcl.train import train
+from tests import tiny
+
+
+def rows(length):
+    data = StageData(Mixture({"alpha": 1.0}), length, 8)
+    return {"stages": (Stage("long", data, steps=1),), "evaluation": held_out(64)}
+
+
+def held_out(length):
+    return HeldOut(rows_per_domain=8, sequence_length=length, batch_size=8)
+
+
+def model(**changes):
+    return {"model": dataclasses.replace(tiny.MODEL, **changes)}
+
+
+CASES = {
+    "row": ({"data": 2, "context": 4}, rows(62)),
+    "chunks": ({"data": 2, "context": 4}, rows(60)),
+    "evaluation": ({"data": 2, "context": 4}, {"evaluation": held_out(60)}),
+    "ulysses": ({"data": 2, "context": 4}, model(attention="ulysses", num_heads=2)),
+    "blocks": ({"data": 8}, model(attention="splash")),
+    "layout": ({"data": 8, "context_layout": "zig"}, {}),
+    "pieces": ({"data": 2, "fsdp": 2, "context": 2}, {"objective": Accumulate(3)}),
+}
+said = {}
+for name, (mesh, changes) in CASES.items():
+    try:
+        changes = {"mesh": MeshConfig(**mesh)} | changes
+        train(**tiny.settings(pathlib.Path(sys.argv[1]), sys.argv[2], **changes))
+    except ValueError as error:
+        said[name] = str(error)
+print(json.dumps(said))
+"""
+
+
+def test_what_a_context_mesh_cannot_split_is_refused_when_the_config_is_built(base, run_python):
+    words = (str(base / "stores"), str(base / "refused"))
+    said = json.loads(run_python(REFUSED, *words, devices=8).splitlines()[-1])
+    for name, parts in {
+        "row": ("stage 'long'", "62", "context", "60 or 64"),
+        "chunks": ("stage 'long'", "60", "2 x context = 8", "64"),
+        "evaluation": ("the evaluation", "60", "64"),
+        "ulysses": ("ulysses", "2 heads", "context"),
+        "blocks": ("splash", "TPU", "blockwise"),
+        "layout": ("context_layout", "'zig'", "zigzag"),
+        "pieces": ("pieces=3", "8 rows", "1, 2 pieces"),
+    }.items():
+        assert name in said, f"{name} was not refused"
+        assert "\n" not in said[name]
+        for part in parts:
+            assert part in said[name], said[name]
+    assert not (base / "refused").exists()

@@ -5,7 +5,7 @@ Shapes: B batch, T row length, D model, N heads, K key/value heads, H head dim, 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -72,8 +72,11 @@ class AttentionLayer(nn.Module):
                 mask=config.mask,
                 segment_ids_BT=rows.segment_ids_BT,
                 row_index_BT=rows.row_index_BT,
+                layout=config.context_layout,
                 impl=config.attention,
-                **_further_options(config, head_mask_N),
+                soft_cap=config.attention_soft_cap,
+                head_mask_N=head_mask_N,
+                block_sizes=config.attention_blocks,
             )
         context_BTNH = checkpoint_name(context_BTNH.astype(dtype), "context")
         out_BTD = Dense(
@@ -112,14 +115,3 @@ class AttentionLayer(nn.Module):
         return RMSNorm(
             config.head_dim, axis="head_dim", eps=config.norm_eps, dtype=jnp.float32, name=name
         )
-
-
-def _further_options(config: DecoderConfig, head_mask_N: jax.Array | None) -> dict[str, Any]:
-    """What differs from `attend`'s defaults."""
-    options = {
-        "layout": None if config.context_layout == "contiguous" else config.context_layout,
-        "soft_cap": config.attention_soft_cap,
-        "head_mask_N": head_mask_N,
-        "block_sizes": config.attention_blocks,
-    }
-    return {name: value for name, value in options.items() if value is not None}

@@ -6,10 +6,9 @@ import dataclasses
 import difflib
 import operator
 
-from lcl.attention import Mask
+from lcl.attention import BlockSizes, Mask
 from lcl.attention.api import IMPLEMENTATIONS
 from lcl.attention.layouts import LAYOUTS
-from lcl.attention.splash import BlockSizes
 from lcl.models.remat import REMAT_POLICIES
 from lcl.models.rope import Rope
 

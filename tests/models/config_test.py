@@ -49,6 +49,8 @@ def test_what_follows_from_the_other_sizes():
         ),
         (dict(rope=10_000.0), "rope = 10000.0 must be a Rope"),
         (dict(mask="causal"), "mask = 'causal' must be a Mask"),
+        (dict(attention_soft_cap=0.0), "attention_soft_cap = 0.0 must be above 0, or None"),
+        (dict(context_layout="zigzap"), r"context_layout = 'zigzap' .*nearest: 'zigzag'"),
         (dict(norm_eps=0.0), "norm_eps = 0.0 must be above 0"),
     ],
 )

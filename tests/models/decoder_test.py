@@ -18,7 +18,7 @@ from lcl.models import (
     abstract_params_with_axes,
     init_params,
 )
-from lcl.models.remat import REMAT_POLICIES, TAGS
+from lcl.models.remat import OFFLOADED, REMAT_POLICIES, TAGS
 from lcl.parallel.rules import LOGICAL_AXIS_RULES
 
 CONFIG = DecoderConfig(
@@ -107,6 +107,50 @@ def test_policies_recompute_what_they_say(params):
     assert count["save_qkv_context"] - count["none"] == 4
     # ... and out, gate and up: only the scores.
     assert count["dots"] - count["none"] == 1
+    # Where a value waits changes nothing in what is computed.
+    assert count["offload_residual"] == count["full"]
+    assert count["offload_residual_save_context"] == count["save_context"]
+    assert count["offload_context"] == count["save_context"] < count["full"]
+
+
+@pytest.mark.parametrize("remat", sorted(OFFLOADED))
+def test_what_is_offloaded_leaves_the_device_and_comes_back(remat, params):
+    config = dataclasses.replace(CONFIG, remat=remat, attention="blockwise")
+
+    def loss_fn(params):
+        return Decoder(config).apply({"params": params}, TOKENS).sum()
+
+    # The text names the memory, whatever a version of JAX calls the operation.
+    jaxpr = str(jax.make_jaxpr(jax.grad(loss_fn))(params))
+    there = len(re.findall(r"pinned_host|MemorySpace\.Host", jaxpr))
+    assert there >= len(OFFLOADED[remat]), "nothing is offloaded"
+
+
+def test_a_head_that_is_masked_gives_nothing_and_the_others_all(params):
+    """head_mask[l, n] = 0 is the model whose out-projection has no rows of that head."""
+    mask = np.ones((2, 4), np.float32)
+    mask[0, 1] = mask[1, 3] = 0.0
+    cut = jax.tree.map(jnp.array, params)
+    kernel = cut["layers"]["attention"]["out"]["kernel"]
+    cut["layers"]["attention"]["out"]["kernel"] = kernel.at[0, 1].set(0).at[1, 3].set(0)
+    model = Decoder(CONFIG)
+    got = model.apply({"params": params}, TOKENS, head_mask_LN=mask, method="hidden")
+    want = model.apply({"params": cut}, TOKENS, method="hidden")
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    assert (
+        float(jnp.abs(got - model.apply({"params": params}, TOKENS, method="hidden")).max()) > 0.1
+    )
+
+
+def test_a_soft_cap_bounds_the_scores(params):
+    """A cap far above the scores changes nothing; a small one does."""
+
+    def hidden(cap):
+        config = dataclasses.replace(CONFIG, attention_soft_cap=cap)
+        return Decoder(config).apply({"params": params}, TOKENS, method="hidden")
+
+    np.testing.assert_allclose(hidden(1e4), hidden(None), rtol=1e-4, atol=1e-4)
+    assert float(jnp.abs(hidden(0.1) - hidden(None)).max()) > 1e-2
 
 
 def test_the_blockwise_kernel_s_softmax_sums_are_kept_with_its_output(params):
@@ -121,7 +165,7 @@ def test_every_tag_is_put_on_a_value(params):
         return Decoder(config).apply({"params": params}, TOKENS).sum()
 
     jaxpr = str(jax.make_jaxpr(jax.grad(loss_fn))(params))
-    found = set(re.findall(r"name=(\w+_proj|context\w*|mlp_\w+)\b", jaxpr))
+    found = set(re.findall(r"name=(\w+_proj|context\w*|mlp_\w+|layer_\w+)\b", jaxpr))
     assert found == set(TAGS)
 
 

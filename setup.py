@@ -44,7 +44,7 @@ setuptools.setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        # On a TPU VM, and for `lcl compile` on any Linux x86-64 machine: libtpu needs no TPU for that.
+        # On a TPU VM; and for `lcl compile` on any Linux x86-64 machine, where libtpu needs no TPU.
         "tpu": ["jax[tpu]>=0.8.0"],
         # Other people's checkpoints and models, to read, write and compare with.
         "hf": ["safetensors>=0.4.5", "transformers>=4.56", "torch>=2.6"],

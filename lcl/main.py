@@ -203,22 +203,23 @@ def _parser() -> argparse.ArgumentParser:
         help="where to; RUN/report if absent, FIRST_RUN/report/compare for several",
     )
 
-    sub = command(
-        "probe", _probe, "Look for leaks of the document mask in every attention, on 8 devices."
-    )
-    sub.add_argument("--impl", action="append", default=[], help="only these; repeatable")
-    sub.add_argument("--context", action="append", type=int, default=[], help="only these degrees")
-    sub.add_argument("--layout", action="append", default=[], help="only these layouts")
-    sub.add_argument("--window", action="append", type=int, default=[], help="beside no window")
-    sub.add_argument("--sequence_length", type=int, default=None, help="64; 4096 on a TPU")
+    sub = command("probe", _probe, "Look for leaks of the document mask in every attention.")
+    for option, kind in (("--impl", str), ("--layout", str), ("--context", int)):
+        sub.add_argument(option, action="append", type=kind, help="only these; repeatable")
     sub.add_argument("--quick", action="store_true", help="no gradients, no windows")
-    sub.add_argument("--json", action="store_true", help="print JSON, a finding a row")
+    sub.add_argument("--json", action="store_true", help="print JSON")
 
     sub = command("compile", _compile, "Compile a run's train step for a TPU pod; needs no TPU.")
     sub.add_argument("--topology", default=None, help="v5p-128, 2x v5e-256; over the file's own")
     sub.add_argument("--stage", default=None, help="which; the one of the longest rows if absent")
     sub.add_argument("--abstract", action="store_true", help="from shapes alone; needs no libtpu")
-    sub.add_argument("--layers", type=int, default=None, help="compile few layers, extrapolate")
+    sub.add_argument(
+        "--layers",
+        type=int,
+        dest="num_layers",
+        default=None,
+        help="compile few layers, extrapolate",
+    )
     sub.add_argument("--out", default=None, metavar="FOLDER", help="write NAME.json and NAME.md")
     sub.add_argument("--json", action="store_true", help="print JSON")
     sub.add_argument("--save", default=None, metavar="FILE", help="write the executable")
@@ -424,27 +425,16 @@ def _info(arguments: argparse.Namespace) -> int:
 def _probe(arguments: argparse.Namespace) -> int:
     from lcl.parallel import host_device_environment
 
-    # Only a CPU pretends to be several devices; real ones are probed as they are.
-    os.environ.update(host_device_environment(8))
+    os.environ.update(host_device_environment(8))  # a CPU pretends; other devices are what they are
     _prepare_jax()
-    from lcl.probes import probe_all, table
+    from lcl.models.leak_probe import report
 
-    findings = probe_all(
-        impls=arguments.impl,
-        contexts=arguments.context,
-        layouts=arguments.layout,
-        windows=arguments.window,
-        length=arguments.sequence_length,
-        quick=arguments.quick,
-        log=lambda text: print(text, file=sys.stderr),
+    words = vars(arguments)
+    good, text = report(
+        **{key: words[key] for key in ("impl", "layout", "context", "quick", "json")}
     )
-    bad = [finding for finding in findings if not finding.good]
-    if arguments.json:
-        print(json.dumps([vars(finding) for finding in findings], indent=1))
-    else:
-        print(table(findings))
-        print(f"{len(findings)} rows probed, {len(bad)} bad")
-    return 1 if bad else 0
+    print(text)
+    return 0 if good else 1
 
 
 def _compile(arguments: argparse.Namespace) -> int:
@@ -460,17 +450,11 @@ def _compile(arguments: argparse.Namespace) -> int:
         return 0
     if not arguments.gin_files:
         raise ValueError("no configuration: give --gin_file, such as one of configs/pods")
-    given = {
-        "topology": arguments.topology,
-        "stage": arguments.stage,
-        "num_layers": arguments.layers,
-        "save": arguments.save,
-        "hlo": arguments.hlo,
-    }
     settings = config.load(arguments.gin_files, arguments.bindings)
     train = settings.kwargs("train", run_dir="none")
     name = pathlib.Path(arguments.gin_files[-1]).stem
-    overrides = {key: value for key, value in given.items() if value is not None}
+    words = ("topology", "stage", "num_layers", "save", "hlo")
+    overrides = {word: getattr(arguments, word) for word in words if getattr(arguments, word)}
     report = settings.call(
         "compile", train=train, title=name, abstract=arguments.abstract, **overrides
     )

@@ -1,5 +1,7 @@
 """Reading collectives out of a program's text: notations, loops, things written twice."""
 
+# ruff: noqa: E501  (a program's lines are as long as the compiler makes them)
+
 from __future__ import annotations
 
 import pytest

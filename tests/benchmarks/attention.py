@@ -1,12 +1,19 @@
-"""Attention, forward + backward, against PyTorch's scaled_dot_product_attention on one CPU core.
+"""Attention, forward + backward: ours, the dense reference and PyTorch's, time and memory, on CPU.
 
-    python tests/benchmarks/attention.py                    # T 1,024 and 4,096
-    python tests/benchmarks/attention.py --lengths 8192 --rounds 9
+    python tests/benchmarks/attention.py                        # T = 2K, 8K, 32K on every core
+    python tests/benchmarks/attention.py --cores 1              # one pinned core: trust this ratio
+    python tests/benchmarks/attention.py --lengths 65536 --sides blockwise --devices 1 --kv-heads 8
 
-Each side has a process of its own, pinned to one core, and they take turns call by call (in one
-process they spoil each other's memory). What is printed is process-CPU time, which is stable on a
-shared machine where wall time is not: medians in milliseconds and their ratio. Batch 1, 8 heads of
-64.
+Batch 1, 8 query heads of 64 on 2 key heads (grouped queries), causal. Each side is a process of its
+own on the same cores and they take turns call by call (in one process they spoil each other's
+memory). Ours gets its cores the way a training run does: as that many host devices that share the
+heads out (mesh axis tensor); PyTorch gets as many threads. Printed are medians over the rounds of
+wall seconds and of process-CPU seconds, the median of the rounds' own ratios (above 1: ours is
+faster), and the peak resident memory above what the process held after its imports, and in all.
+
+PyTorch reads grouped heads with `enable_gqa` or from repeated copies, whichever is faster at 1,024
+tokens. The dense reference is left out where the compiler says that it needs more than
+`--reference-gib`.
 """
 
 from __future__ import annotations
@@ -22,121 +29,220 @@ import time
 
 HEADS, HEAD_DIM = 8, 64
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+SIDES = ("reference", "blockwise", "torch")
 
 
 def documents(length: int, count: int):
     """Segment ids of a row with `count` documents of one length."""
     import numpy as np
 
-    return np.repeat(np.arange(1, count + 1), length // count)
+    return 1 + np.arange(length) * count // length
 
 
-def our_call(length: int, count: int, dtype: str):
-    """A function that runs one forward and backward of ours."""
+def our_call(case: dict):
+    """A function that runs one forward and backward of ours, or the GiB it would need."""
     import jax
     import jax.numpy as jnp
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
     from lcl.attention import attend
 
-    keys = jax.random.split(jax.random.key(0), 4)
-    q, k, v, g = (jax.random.normal(x, (1, length, HEADS, HEAD_DIM), dtype) for x in keys)
-    segment_ids = jnp.asarray(documents(length, count)[None]) if count > 1 else None
+    devices = case["devices"] if case["side"] == "blockwise" else 1
+    mesh = jax.make_mesh(
+        (1, 1, 1, devices), ("data", "fsdp", "context", "tensor"), axis_types=(AxisType.Auto,) * 4
+    )
+    jax.set_mesh(mesh)
+    heads = NamedSharding(mesh, PartitionSpec(None, None, "tensor"))
+    length, count = case["length"], case["documents"]
+    segment_ids = jnp.asarray(documents(length, count)[None], jnp.int32) if count > 1 else None
 
-    @jax.jit
-    def run(q, k, v, g, segment_ids):
-        out, vjp = jax.vjp(
-            lambda *x: attend(*x, segment_ids_BT=segment_ids, impl="blockwise"), q, k, v
-        )
+    def run(q, k, v, g):
+        kwargs = dict(segment_ids_BT=segment_ids, impl=case["side"])
+        out, vjp = jax.vjp(lambda *x: attend(*x, **kwargs), q, k, v)
         return out, vjp(g)
 
-    return lambda: jax.block_until_ready(run(q, k, v, g, segment_ids))
+    shapes = [(1, length, n, HEAD_DIM) for n in (HEADS, case["kv_heads"], case["kv_heads"], HEADS)]
+    structs = [jax.ShapeDtypeStruct(s, case["dtype"], sharding=heads) for s in shapes]
+    compiled = jax.jit(run).lower(*structs).compile()
+    gib = compiled.memory_analysis().temp_size_in_bytes / 2**30
+    if case["side"] == "reference" and gib > case["reference_gib"]:
+        return gib
+    keys = jax.random.split(jax.random.key(0), 4)
+    make = jax.jit(jax.random.normal, static_argnums=(1, 2), out_shardings=heads)
+    args = [make(key, s, case["dtype"]) for key, s in zip(keys, shapes, strict=True)]
+    return lambda: jax.block_until_ready(compiled(*args))
 
 
-def torch_call(length: int, count: int, dtype: str):
+def torch_call(case: dict):
     """A function that runs one forward and backward of PyTorch's."""
     import torch
 
-    torch.set_num_threads(1)
-    shape = (1, HEADS, length, HEAD_DIM)
-    q, k, v, g = (torch.randn(shape, dtype=getattr(torch, dtype)) for _ in range(4))
-    for x in (q, k, v):
-        x.requires_grad_()
-    mask = None
-    if count > 1:
-        ids = torch.tensor(documents(length, count))
-        mask = (ids[:, None] == ids[None, :]) & torch.ones(length, length, dtype=torch.bool).tril()
+    torch.set_num_threads(case["devices"])
+    group = HEADS // case["kv_heads"]
 
-    def run():
-        q.grad = k.grad = v.grad = None
-        attention = torch.nn.functional.scaled_dot_product_attention
-        attention(q, k, v, attn_mask=mask, is_causal=mask is None).backward(g)
+    def make(length: int, grouped: bool):
+        q, k, v, g = (
+            torch.randn((1, n, length, HEAD_DIM), dtype=getattr(torch, case["dtype"]))
+            for n in (HEADS, case["kv_heads"], case["kv_heads"], HEADS)
+        )
+        for x in (q, k, v):
+            x.requires_grad_()
+        mask = None
+        if case["documents"] > 1:
+            ids = torch.tensor(documents(length, case["documents"]))
+            mask = (ids[:, None] == ids[None, :]) & torch.ones(length, length).bool().tril()
 
-    return run
+        def run():
+            q.grad = k.grad = v.grad = None
+            keys = (k, v) if grouped else (x.repeat_interleave(group, 1) for x in (k, v))
+            attention = torch.nn.functional.scaled_dot_product_attention
+            causal = mask is None
+            out = attention(q, *keys, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+            out.backward(g)
 
+        return run
 
-def worker(side: str, case: list) -> None:
-    """Times one call for each line that comes in."""
-    call = {"ours": our_call, "torch": torch_call}[side](*case)
-    for _ in range(2):
+    seconds = {}
+    for grouped in (False, True) if group > 1 else (False,):
+        call = make(1024, grouped)
         call()
-    print("ready", flush=True)
-    for _ in sys.stdin:
         start = time.process_time()
         call()
-        print(time.process_time() - start, flush=True)
+        seconds[grouped] = time.process_time() - start
+    return make(case["length"], min(seconds, key=seconds.__getitem__))
 
 
-def start_worker(side: str, case: tuple) -> subprocess.Popen:
-    """A pinned process of one side, warmed up."""
-    env = dict(os.environ, PYTHONPATH=str(REPOSITORY), JAX_PLATFORMS="cpu")
-    env["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-    command = [sys.executable, __file__, "--worker", side, "--case", json.dumps(case)]
-    process = subprocess.Popen(
-        ["taskset", "1", *command],
-        env=env,
-        text=True,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    return process
+def memory(name: str) -> int:
+    """VmRSS or VmHWM (the peak) of this process, bytes."""
+    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return 1024 * int(line.split()[1])
+    raise AssertionError(name)
 
 
-def measure(case: tuple, rounds: int) -> dict[str, float]:
-    """Median milliseconds of both sides, which take turns."""
-    workers = {side: start_worker(side, case) for side in ("ours", "torch")}
-    times: dict[str, list[float]] = {side: [] for side in workers}
-    for _ in range(rounds):
-        for side, process in workers.items():
-            print(file=process.stdin, flush=True)
-            times[side].append(float(process.stdout.readline()))
-    for process in workers.values():
-        process.stdin.close()
-        process.wait()
-    return {side: 1e3 * statistics.median(x) for side, x in times.items()}
+def worker(case: dict) -> None:
+    """Times one call for each line that comes in."""
+    if case["side"] == "torch":
+        import torch  # noqa: F401
+    else:
+        import jax
+
+        import lcl.attention  # noqa: F401
+
+        jax.devices()
+    baseline = memory("VmRSS")
+    call = torch_call(case) if case["side"] == "torch" else our_call(case)
+    if isinstance(call, float):
+        print(json.dumps({"needs_gib": call}), flush=True)
+        return
+    if case["warm"]:
+        call()
+    print(json.dumps({"ready": True}), flush=True)
+    for _ in sys.stdin:
+        wall, cpu = time.perf_counter(), time.process_time()
+        call()
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        peak = memory("VmHWM")
+        print(json.dumps(dict(wall=wall, cpu=cpu, above=peak - baseline, peak=peak)), flush=True)
+
+
+class Side:
+    """The process of one side, pinned to the first `cores` cores."""
+
+    def __init__(self, case: dict, cores: int) -> None:
+        env = dict(os.environ, PYTHONPATH=str(REPOSITORY), JAX_PLATFORMS="cpu")
+        env["OMP_NUM_THREADS"] = str(case["devices"])
+        env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={case['devices']}"
+        if cores == 1:
+            env["XLA_FLAGS"] += " --xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+        allowed = sorted(os.sched_getaffinity(0))[:cores]
+        command = ["taskset", "-c", ",".join(map(str, allowed)), sys.executable, __file__]
+        self.process = subprocess.Popen(
+            [*command, "--worker", json.dumps(case)],
+            env=env,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        self.needs_gib = self._read().get("needs_gib")
+
+    def _read(self) -> dict:
+        assert self.process.stdout is not None
+        return json.loads(self.process.stdout.readline())
+
+    def call(self) -> dict:
+        print(file=self.process.stdin, flush=True)
+        return self._read()
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def measure(case: dict, sides: list[str], rounds: int, cores: int) -> dict[str, dict]:
+    """Medians of every side, which take turns; each round begins with another side."""
+    running = {side: Side(dict(case, side=side), cores) for side in sides}
+    results = {s: {"needs_gib": x.needs_gib} for s, x in running.items() if x.needs_gib}
+    calls: dict[str, list[dict]] = {side: [] for side in sides if side not in results}
+    order = list(calls)
+    for i in range(rounds):
+        for side in order[i % len(order) :] + order[: i % len(order)]:
+            calls[side].append(running[side].call())
+    for x in running.values():
+        x.close()
+    for side, xs in calls.items():
+        results[side] = {key: statistics.median(x[key] for x in xs) for key in ("wall", "cpu")}
+        results[side].update({key: max(x[key] for x in xs) / 2**30 for key in ("above", "peak")})
+        if "blockwise" in calls:
+            for key in ("wall", "cpu"):
+                pairs = zip(xs, calls["blockwise"], strict=True)
+                results[side][f"{key}_ratio"] = statistics.median(a[key] / b[key] for a, b in pairs)
+    return results
 
 
 def main() -> None:
+    cores = len(os.sched_getaffinity(0))
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--documents", type=int, nargs="+", default=[1])
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
+    parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--worker")
-    parser.add_argument("--case", type=json.loads)
+    parser.add_argument("--cores", type=int, default=cores)
+    parser.add_argument("--devices", type=int, help="host devices and threads; default: the cores")
+    parser.add_argument("--reference-gib", type=float, default=8.0)
+    parser.add_argument("--no-warm-up", action="store_true", help="for one long call")
+    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return worker(args.worker, args.case)
-    print("tokens  documents  dtype     ours ms  torch ms  torch / ours")
+        return worker(args.worker)
+    devices = args.devices or args.cores
+    print(f"{args.cores} cores, {devices} devices or threads; ratios are side / blockwise")
+    print(
+        "tokens  documents  dtype     side       wall s   cpu s  wall ratio  cpu ratio  "
+        "GiB above imports  in all"
+    )
     for length in args.lengths:
-        for count in (1, 8):
-            for dtype in ("float32", "bfloat16"):
-                ms = measure((length, count, dtype), args.rounds)
-                ratio = ms["torch"] / ms["ours"]
-                print(
-                    f"{length:6}  {count:9}  {dtype:8}  {ms['ours']:7.1f}  {ms['torch']:8.1f}  "
-                    f"{ratio:12.2f}",
-                    flush=True,
+        for count in args.documents:
+            for dtype in args.dtypes:
+                case = dict(length=length, documents=count, dtype=dtype, kv_heads=args.kv_heads)
+                case |= dict(
+                    devices=devices, reference_gib=args.reference_gib, warm=not args.no_warm_up
                 )
+                for side, x in measure(case, args.sides, args.rounds, args.cores).items():
+                    head = f"{length:6}  {count:9}  {dtype:8}  {side:9}"
+                    if "needs_gib" in x:
+                        print(f"{head}  not run: needs {x['needs_gib']:.1f} GiB", flush=True)
+                        continue
+                    print(
+                        f"{head}  {x['wall']:7.3f} {x['cpu']:7.3f}  "
+                        f"{x.get('wall_ratio', 1):10.2f}  {x.get('cpu_ratio', 1):9.2f}  "
+                        f"{x['above']:17.2f}  {x['peak']:6.2f}",
+                        flush=True,
+                    )
+                    print(json.dumps(case | x | {"side": side}), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,7 @@ setuptools.setup(
             "nbclient>=0.10",
             "nbformat>=5.10",
             "pytest>=8.3",
+            "pytest-xdist>=3.6",
             "rensa>=0.5,<0.6",
             "ruff>=0.9",
             "safetensors>=0.4.5",

@@ -7,6 +7,7 @@
 #   ./launch/test.sh tests/data -k mix   what follows goes to pytest; then the smoke part is left out
 #
 # PYTHON and PYTHON_NEXT choose the interpreters; PYTHON_NEXT=none leaves the second one out.
+# WORKERS says how many files are tested at a time (default: one a core, 8 at most).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 cd "$ROOT"
@@ -17,8 +18,11 @@ install .venv "$python" dev
 version="$(version_of "$python")"
 
 # A compiled step is kept between runs of the tests; a step's temporaries come from huge pages.
-say "running the tests with Python $version"
-.venv/bin/python -m pytest "${@:-tests}"
+# A file's tests stay together, since they share what they build; WORKERS=0 runs all in one process.
+cores="$(nproc 2>/dev/null || echo 2)"
+workers="${WORKERS:-$((cores < 8 ? cores : 8))}"
+say "running the tests with Python $version, $workers files at a time"
+.venv/bin/python -m pytest -n "$workers" --dist loadfile "${@:-tests}"
 ran="Python $version: $([[ $# -eq 0 ]] && echo all || echo the chosen) tests passed"
 
 next=""

@@ -23,10 +23,14 @@ COORDINATOR, NUM_PROCESSES, PROCESS_ID = (
 def initialize_distributed(environment: Mapping[str, str] | None = None) -> int:
     """Joins this process to the others, if there are others; must run before JAX touches a device.
 
-    Three cases, read from the environment:
+    Four cases, read from the environment:
         LCL_COORDINATOR_ADDRESS, LCL_NUM_PROCESSES, LCL_PROCESS_ID    a cluster named by hand
-        several TPU_WORKER_HOSTNAMES, or MEGASCALE_NUM_SLICES > 1     TPU VMs: JAX finds the rest
+        LCL_POD=1                                                     a TPU VM that launch/ set up
+        several TPU_WORKER_HOSTNAMES, or MEGASCALE_NUM_SLICES > 1     TPUs on GKE
         none of these                                                 one process: nothing is done
+
+    On TPUs JAX finds the rest. A TPU VM's variables do not tell that it has neighbours: its metadata
+    does, and asking for that costs half a minute where there is none, hence LCL_POD.
 
     Args:
         environment: default `os.environ`.
@@ -70,6 +74,8 @@ def initialize_distributed(environment: Mapping[str, str] | None = None) -> int:
 
 
 def is_pod(environment: Mapping[str, str]) -> bool:
-    """Whether the environment of a TPU VM says that there are other workers or slices."""
+    """Whether the environment of a TPU VM says that there may be other workers or slices."""
+    if environment.get("LCL_POD") == "1":
+        return True
     workers = [name for name in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if name]
     return len(workers) > 1 or int(environment.get("MEGASCALE_NUM_SLICES") or 1) > 1

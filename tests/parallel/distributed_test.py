@@ -28,6 +28,8 @@ def test_one_process_is_left_alone():
 def test_a_pod_is_known_by_its_workers_or_slices():
     assert is_pod({"TPU_WORKER_HOSTNAMES": "t1k-0,t1k-1"})
     assert is_pod({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"})
+    assert is_pod({"LCL_POD": "1"})  # set by launch/worker.sh: a TPU VM's variables do not tell
+    assert not is_pod({"LCL_POD": "0"})
     assert not is_pod({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": ""})
 
 

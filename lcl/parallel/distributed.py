@@ -29,8 +29,8 @@ def initialize_distributed(environment: Mapping[str, str] | None = None) -> int:
         several TPU_WORKER_HOSTNAMES, or MEGASCALE_NUM_SLICES > 1     TPUs on GKE
         none of these                                                 one process: nothing is done
 
-    On TPUs JAX finds the rest. A TPU VM's variables do not tell that it has neighbours: its metadata
-    does, and asking for that costs half a minute where there is none, hence LCL_POD.
+    On TPUs JAX finds the rest. A TPU VM has its neighbours in its metadata, not in variables, and
+    asking for metadata costs half a minute where there is none, hence LCL_POD.
 
     Args:
         environment: default `os.environ`.

@@ -207,9 +207,8 @@ def test_queries_before_every_key_give_zero():
         assert not np.asarray(x)[:, 40:].any() and np.asarray(x)[:, :40].any()
 
 
-@pytest.mark.parametrize("num_kv_heads", [2, 1])
-def test_bfloat16(num_kv_heads):
-    args = inputs(1, 300, 2, num_kv_heads, dtype=jnp.bfloat16)
+def test_bfloat16():
+    args = inputs(1, 300, 2, 1, dtype=jnp.bfloat16)
     rows = Rows(None, segments("many", 1, 300))
     got = run_blockwise(*args, mask=Mask(), query=rows)
     want = run_reference(*(x.astype(jnp.float32) for x in args), mask=Mask(), query=rows)
@@ -316,9 +315,11 @@ def test_under_vmap_and_remat():
     segment_ids = segments("many", 3, 130)
     want = run_reference(q, k, v, g, mask=Mask(), query=Rows(None, segment_ids))
 
-    def one(q, k, v, g, segment_ids):
+    @jax.jit
+    @jax.vmap
+    def every(q, k, v, g, segment_ids):
         kernel = jax.checkpoint(partial(blockwise, mask=Mask(), query=Rows(None, segment_ids)))
         return gradients(kernel, q, k, v, g)
 
-    got = jax.vmap(one)(*(x[:, None] for x in (q, k, v, g, segment_ids)))
+    got = every(*(x[:, None] for x in (q, k, v, g, segment_ids)))
     assert_close([x[:, 0] for x in got], want)

@@ -262,5 +262,5 @@ def _across_obstacle(impl: str, call: Call) -> str | None:
         dtype=call.dtype,
         block_sizes=call.block_sizes,
         layout=call.layout if call.context > 1 else "contiguous",
-        ring=impl == "ring" and call.context > 1,
+        ring=impl == "ring",
     )

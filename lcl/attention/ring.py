@@ -19,7 +19,7 @@ them.
 
 Inside is blockwise attention, which decides by the travelling row indices, hence any order of rows,
 or on TPU splash attention, whose mask is compiled in: one kernel for each case that the layout
-leaves (`ring_cases`).
+leaves (`ring_cases`), and for zigzag rows a single one without any mask (`_Zigzag`).
 
 Liu, Zaharia and Abbeel 2023 (arXiv:2310.01889); joining and backward as in FlashAttention-2
 (arXiv:2307.08691).
@@ -34,13 +34,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from lcl.attention.blockwise import blockwise_backward, blockwise_forward
 from lcl.attention.mask import Mask
-from lcl.attention.ring_cases import Case, Cases, ring_cases
-from lcl.attention.rows import Rows
+from lcl.attention.ring_cases import Cases, ring_cases
+from lcl.attention.rows import Relation, Rows
 from lcl.attention.splash import BlockSizes
 from lcl.attention.splash_partial import splash_backward, splash_forward
 
@@ -124,13 +125,16 @@ def _ring(q_BTNH, k_BTKH, v_BTKH, rows: Rows, plan: Ring):
 
 def _forward(q_BTNH, k_BTKH, v_BTKH, rows: Rows, plan: Ring):
     inner = _inner(plan, q_BTNH.shape[1])
+    # The rows are the same in every layer. Were that to be seen, all that follows from them alone
+    # would be lifted out of the loop over layers and kept, once a step of the ring: gigabytes.
+    q_BTNH, rows = lax.optimization_barrier((q_BTNH, rows))
     keys = (k_BTKH, v_BTKH, rows)
 
     def step(found, keys, number):
         return inner.forward(found, q_BTNH, rows, keys, number)
 
     found = inner.forward(None, q_BTNH, rows, keys, 0)
-    out_BTNH, lse_BTN = _travel(step, found, keys, inner.num_steps, plan)
+    out_BTNH, lse_BTN = inner.join(_travel(step, found, keys, inner.num_steps, plan))
     out_BTNH = checkpoint_name(out_BTNH.astype(q_BTNH.dtype), "context")
     lse_BTN = checkpoint_name(lse_BTN, "context_lse")
     return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, rows, out_BTNH, lse_BTN)
@@ -139,6 +143,7 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, rows: Rows, plan: Ring):
 def _backward(plan: Ring, residuals, dout_BTNH):
     q_BTNH, k_BTKH, v_BTKH, rows, out_BTNH, lse_BTN = residuals
     inner = _inner(plan, q_BTNH.shape[1])
+    dout_BTNH, rows = lax.optimization_barrier((dout_BTNH, rows))  # as in the forward pass
     delta_BTN = jnp.sum(dout_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=-1)
     queries = (q_BTNH, lse_BTN, delta_BTN, dout_BTNH.astype(q_BTNH.dtype), rows)
     keys = (k_BTKH, v_BTKH, rows)
@@ -155,6 +160,7 @@ def _backward(plan: Ring, residuals, dout_BTNH):
     sums = (dq, tuple(dkv), zeros)
     dq, dkv, last = _travel(step, sums, keys, inner.num_steps, plan)
     dk, dv = _shift(jax.tree.map(jnp.add, dkv, last), plan, -inner.num_steps)
+    dq = inner.join(dq)
     return dq.astype(q_BTNH.dtype), dk.astype(k_BTKH.dtype), dv.astype(v_BTKH.dtype), None
 
 
@@ -166,15 +172,18 @@ def _travel(step: Callable, state: Any, keys: Any, num_steps: int, plan: Ring) -
     if not num_steps:
         return state
 
-    def rolled(carry, number):
-        state, keys = carry
+    def rolled(carry, _):
+        state, keys, number = carry
         # Neither depends on the other: the next keys arrive while these are attended to.
-        return (step(state, keys, number), _shift(keys, plan)), None
+        return (step(state, keys, number), _shift(keys, plan), number + 1), None
 
-    keys = _shift(keys, plan)
+    # The number is tied to the keys: were it the same in every layer, what a branch of its own makes
+    # (zeros, even) would be lifted out of the loop over layers and kept for each step.
+    keys, number = lax.optimization_barrier((_shift(keys, plan), jnp.int32(1)))
     if num_steps > 1:
-        (state, keys), _ = lax.scan(rolled, (state, keys), jnp.arange(1, num_steps))
-    return step(state, keys, jnp.int32(num_steps))
+        carry = (state, keys, number)
+        (state, keys, number), _ = lax.scan(rolled, carry, None, length=num_steps - 1)
+    return step(state, keys, number)
 
 
 def _shift(x: Any, plan: Ring, by: int = 1) -> Any:
@@ -188,7 +197,10 @@ def _shift(x: Any, plan: Ring, by: int = 1) -> Any:
 def _inner(plan: Ring, local_length: int) -> _Blockwise | _Splash:
     if plan.inner == "blockwise":
         return _Blockwise(plan)
-    return _Splash(plan, ring_cases(plan.mask, plan.layout, local_length, plan.context))
+    mask = plan.mask
+    if plan.layout == "zigzag" and plan.context > 1 and mask.causal and mask.window is None:
+        return _Zigzag(plan)
+    return _Splash(plan, ring_cases(mask, plan.layout, local_length, plan.context))
 
 
 class _Blockwise:
@@ -210,6 +222,9 @@ class _Blockwise:
             q_BTNH, k_BSKH, v_BSKH, *sums, query=rows, key=key_rows, **self._rules
         )
         return dq if dq_BTNH is None else dq_BTNH + dq, dk, dv
+
+    def join(self, x):
+        return x
 
 
 class _Splash:
@@ -236,57 +251,54 @@ class _Splash:
         return lax.switch(which, branches, *operands)
 
     def forward(self, found, q_BTNH, rows: Rows, keys, number):
-        queries = (q_BTNH, rows.segment_ids_BT)
-        keys = (keys[0], keys[1], keys[2].segment_ids_BT)
+        queries, keys = (q_BTNH, rows.segment_ids_BT), _with_segments(keys)
         if found is None:
-            return self._attend(self._cases.own, *queries, *keys)
+            return self._attend(self._cases.own, queries, keys)
 
-        def branch(case: Case | None):
+        def branch(relation: Relation | None):
             def add(found, queries, keys):
-                if case is None:
+                if relation is None:
                     return found
-                part = self._attend(case, *_late(queries, case), *_early(keys, case))
-                joined = merge(_late(found, case), part)
-                return jax.tree.map(partial(_put_late, case=case), found, joined)
+                return merge(found, self._attend(relation, queries, keys))
 
             return add
 
         return self._switch(number, branch, found, queries, keys)
 
-    def _attend(self, case: Case, q_BTNH, query_segments, k_BSKH, v_BSKH, key_segments):
-        return splash_forward(
-            q_BTNH,
-            k_BSKH,
-            v_BSKH,
-            relation=case.relation,
-            query_segments_BT=query_segments,
-            key_segments_BS=key_segments,
-            **self._rules,
-        )
-
     def backward(self, dq_BTNH, queries, keys, number):
-        *queries, rows = queries
-        queries = (*queries, rows.segment_ids_BT)
-        keys = (keys[0], keys[1], keys[2].segment_ids_BT)
+        queries, keys = _with_segments(queries), _with_segments(keys)
         if dq_BTNH is None:
             return self._gradients(self._cases.own, queries, keys)
 
-        def branch(case: Case | None):
+        def branch(relation: Relation | None):
             def add(dq_BTNH, queries, keys):
-                k_BSKH, v_BSKH, _ = keys
-                if case is None:
-                    return dq_BTNH, *(jnp.zeros(x.shape, jnp.float32) for x in (k_BSKH, v_BSKH))
-                dq, dk, dv = self._gradients(case, _late(queries, case), _early(keys, case))
-                dq = _put_late(dq_BTNH, _late(dq_BTNH, case) + dq, case)
-                missing = k_BSKH.shape[1] - dk.shape[1]
-                pad = [(0, 0), (0, missing), (0, 0), (0, 0)]
-                return dq, jnp.pad(dk, pad), jnp.pad(dv, pad)
+                if relation is None:
+                    return dq_BTNH, *(jnp.zeros(x.shape, jnp.float32) for x in keys[:2])
+                dq, dk, dv = self._gradients(relation, queries, keys)
+                return dq_BTNH + dq, dk, dv
 
             return add
 
         return self._switch(number, branch, dq_BTNH, queries, keys)
 
-    def _gradients(self, case: Case, queries, keys):
+    def join(self, x):
+        """What `forward` and `backward` carry, as whole arrays."""
+        return x
+
+    def _attend(self, relation: Relation, queries, keys):
+        q_BTNH, query_segments = queries
+        k_BSKH, v_BSKH, key_segments = keys
+        return splash_forward(
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            relation=relation,
+            query_segments_BT=query_segments,
+            key_segments_BS=key_segments,
+            **self._rules,
+        )
+
+    def _gradients(self, relation: Relation, queries, keys):
         q_BTNH, lse_BTN, delta_BTN, dout_BTNH, query_segments = queries
         k_BSKH, v_BSKH, key_segments = keys
         return splash_backward(
@@ -296,22 +308,94 @@ class _Splash:
             lse_BTN,
             delta_BTN,
             dout_BTNH,
-            relation=case.relation,
+            relation=relation,
             query_segments_BT=query_segments,
             key_segments_BS=key_segments,
             **self._rules,
         )
 
 
-def _late(x: Any, case: Case) -> Any:
-    """The queries that take part."""
-    return jax.tree.map(lambda y: y[:, y.shape[1] // 2 :], x) if case.late_queries else x
+class _Zigzag(_Splash):
+    """Causal over zigzag rows: two full squares of halves each step, which two depends on the side.
+
+        keys of:          an earlier device     a later device
+                          early   late          early   late
+        early queries       B      .              .      .         # A: always the same
+        late queries        A      .              A      B         # B: one or the other
+
+    Both squares go through one kernel without a mask, stacked along the batch, so there is nothing
+    to branch on, one kernel to compile, and the sums are kept as halves that are updated in place.
+    """
+
+    def __init__(self, plan: Ring) -> None:
+        own = Relation(causal=True)
+        which = np.zeros((plan.context, plan.context), np.int32)
+        super().__init__(plan, Cases(own, (), which, plan.context - 1))
+
+    def forward(self, found, q_BTNH, rows: Rows, keys, number):
+        if found is None:
+            return _halves(super().forward(None, q_BTNH, rows, keys, number))
+        earlier = self._earlier(number)
+        queries = _halves((q_BTNH, rows.segment_ids_BT))
+        part = self._attend(_FULL, *_squares(earlier, queries, _halves(_with_segments(keys))))
+        a, (out_b, lse_b) = _unstacked(part)
+        early, late = found
+        early = merge(early, (out_b, jnp.where(earlier, lse_b, -jnp.inf)))
+        late = merge(merge(late, a), (out_b, jnp.where(earlier, -jnp.inf, lse_b)))
+        return early, late
+
+    def backward(self, dq_BTNH, queries, keys, number):
+        if dq_BTNH is None:
+            dq, dk, dv = super().backward(None, queries, keys, number)
+            return _halves(dq), dk, dv
+        earlier = self._earlier(number)
+        stacked = _squares(earlier, _halves(_with_segments(queries)), _halves(_with_segments(keys)))
+        (dq_a, *dkv_a), (dq_b, *dkv_b) = _unstacked(self._gradients(_FULL, *stacked))
+        early, late = dq_BTNH
+        early = early + jnp.where(earlier, dq_b, 0.0)
+        late = late + dq_a + jnp.where(earlier, 0.0, dq_b)
+        dk, dv = (
+            jnp.concatenate([a + jnp.where(earlier, b, 0.0), jnp.where(earlier, 0.0, b)], axis=1)
+            for a, b in zip(dkv_a, dkv_b, strict=True)
+        )
+        return (early, late), dk, dv
+
+    def join(self, x):
+        early, late = x
+        return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), early, late)
+
+    def _earlier(self, number):
+        """Whether the keys of `number` devices back are of an earlier device."""
+        return lax.axis_index(self._plan.axis) >= number
 
 
-def _early(x: Any, case: Case) -> Any:
-    """The keys that take part."""
-    return jax.tree.map(lambda y: y[:, : y.shape[1] // 2], x) if case.early_keys else x
+_FULL = Relation(causal=False)
 
 
-def _put_late(x: jax.Array, late: jax.Array, case: Case) -> jax.Array:
-    return x.at[:, x.shape[1] // 2 :].set(late) if case.late_queries else late
+def _with_segments(x: tuple) -> tuple:
+    """The rows at the end replaced by their documents, which is all that splash looks at."""
+    *arrays, rows = x
+    return (*arrays, rows.segment_ids_BT)
+
+
+def _halves(x: Any) -> tuple:
+    """Every leaf cut in two along the tokens."""
+    early = jax.tree.map(lambda y: y[:, : y.shape[1] // 2], x)
+    return early, jax.tree.map(lambda y: y[:, y.shape[1] // 2 :], x)
+
+
+def _squares(earlier, queries: tuple, keys: tuple) -> tuple:
+    """The operands of A and B, stacked along the batch."""
+    (q_early, q_late), (k_early, k_late) = queries, keys
+
+    def stacked(a, if_earlier, if_later):
+        return jax.tree.map(
+            lambda x, y, z: jnp.concatenate([x, jnp.where(earlier, y, z)]), a, if_earlier, if_later
+        )
+
+    return stacked(q_late, q_early, q_late), stacked(k_early, k_early, k_late)
+
+
+def _unstacked(x: tuple) -> tuple:
+    batch = x[0].shape[0] // 2
+    return tuple(y[:batch] for y in x), tuple(y[batch:] for y in x)

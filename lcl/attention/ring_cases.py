@@ -5,14 +5,12 @@ Legend: T tokens of a row on one device, c devices that share a row.
 A kernel whose mask is compiled in (splash) cannot look at row indices. But a layout leaves few
 cases, and they depend on the pair (device of the queries, device of the keys) only:
 
-    contiguous                  zigzag                            striped
-    keys earlier   all          keys on an earlier device         keys on an earlier device
-    keys later     nothing        all queries x early half          b <= a
-                                keys on a later device            keys on a later device
-                                  late half of queries x all        b <  a
+    contiguous                              striped
+    keys of an earlier device: all          keys of an earlier device: b <= a
+    keys of a later device: nothing         keys of a later device:    b <  a
 
-    (zigzag, c=2: device 0 holds chunks 0 3, device 1 holds 1 2. Queries 1 2 see of keys 0 3 the 0;
-    queries 0 3 see of keys 1 2 only by the 3. Both are half a square: the work is balanced.)
+(b, a: places of key and query on their devices. Zigzag rows need no cases: see
+`lcl.attention.ring`.)
 
 A window adds a few more. So the kernel is compiled once a case, and each step of the ring looks up
 its case in a table of c x c small integers.
@@ -28,20 +26,6 @@ from lcl.attention.mask import Mask
 from lcl.attention.rows import Relation
 
 
-class Case(NamedTuple):
-    """What a device's queries see of another's keys.
-
-    Attributes:
-      relation: by places in the parts of queries and keys that take part.
-      late_queries: only the second half of the queries sees anything.
-      early_keys: only the first half of the keys is seen.
-    """
-
-    relation: Relation
-    late_queries: bool = False
-    early_keys: bool = False
-
-
 class Cases(NamedTuple):
     """All cases of a ring.
 
@@ -52,8 +36,8 @@ class Cases(NamedTuple):
       num_steps: how far keys must travel; keys of a device further on are seen by nobody.
     """
 
-    own: Case
-    distinct: tuple[Case | None, ...]
+    own: Relation
+    distinct: tuple[Relation | None, ...]
     which: np.ndarray
     num_steps: int
 
@@ -62,27 +46,29 @@ def ring_cases(mask: Mask, layout: str, local_length: int, context: int) -> Case
     """The cases of a layout.
 
     Args:
-      mask: causal and window; no prefix, no table, and no window with zigzag.
-      layout: see `lcl.attention.layouts`.
+      mask: causal and window; no prefix, no table.
+      layout: contiguous or striped; see `lcl.attention.layouts`.
       local_length: T.
       context: c.
 
     Raises:
       ValueError: a mask that has no such cases; use blockwise attention inside the ring.
     """
-    if mask.explicit is not None or mask.prefix_length:
+    if mask.explicit is not None or (mask.prefix_length and mask.causal):
         raise ValueError(
             f"prefix_length={mask.prefix_length} has no static cases in a ring: use "
             "impl='all_gather'"
         )
     if context == 1:
         layout = "contiguous"
-    if mask.window is not None and layout == "zigzag":
+    if not mask.causal and mask.window is None:
+        layout = "contiguous"  # everything is seen, in any order
+    if layout == "zigzag":
         raise ValueError(
-            f"window={mask.window} has no static cases over zigzag rows: use "
+            f"window={mask.window}, causal={mask.causal} has no static cases over zigzag rows: use "
             "layout='contiguous' or 'striped'"
         )
-    distinct: list[Case | None] = []
+    distinct: list[Relation | None] = []
     which = np.zeros((context, context), np.int32)
     num_steps = 0
     for queries in range(context):
@@ -102,20 +88,15 @@ def ring_cases(mask: Mask, layout: str, local_length: int, context: int) -> Case
 
 def _case(
     mask: Mask, layout: str, local_length: int, context: int, queries: int, keys: int
-) -> Case | None:
+) -> Relation | None:
     if not mask.causal and mask.window is None:
-        return Case(Relation(causal=False))
+        return Relation(causal=False)
     if layout == "striped":
         return _striped(mask, local_length, context, queries - keys)
-    if layout == "zigzag":
-        if queries == keys:
-            return Case(Relation(causal=True))
-        full = Relation(causal=False)
-        return Case(full, early_keys=True) if keys < queries else Case(full, late_queries=True)
     return _contiguous(mask, local_length, (queries - keys) * local_length)
 
 
-def _contiguous(mask: Mask, length: int, offset: int) -> Case | None:
+def _contiguous(mask: Mask, length: int, offset: int) -> Relation | None:
     """Query a and key b are a + offset - b rows apart, 0 <= a, b < length."""
     nearest, farthest = offset - (length - 1), offset + (length - 1)
     if mask.causal and farthest < 0:
@@ -125,15 +106,15 @@ def _contiguous(mask: Mask, length: int, offset: int) -> Case | None:
     after = not mask.causal or nearest >= 0
     within = mask.window is None or max(farthest, -nearest) < mask.window
     if after and within:
-        return Case(Relation(causal=False))
-    return Case(Relation(mask.causal, offset, None if within else mask.window))
+        return Relation(causal=False)
+    return Relation(mask.causal, offset, None if within else mask.window)
 
 
-def _striped(mask: Mask, length: int, context: int, ahead: int) -> Case | None:
+def _striped(mask: Mask, length: int, context: int, ahead: int) -> Relation | None:
     """Query a and key b are (a - b) * c + ahead rows apart, |ahead| < c."""
     offset = 0 if ahead >= 0 or not mask.causal else -1
     if mask.window is None:
-        return Case(Relation(causal=True, offset=offset))
+        return Relation(causal=True, offset=offset)
     if not mask.causal:
         raise ValueError(
             f"causal=False, window={mask.window} has no static cases over striped rows: use "
@@ -143,4 +124,4 @@ def _striped(mask: Mask, length: int, context: int, ahead: int) -> Case | None:
     window = (mask.window - 1 - ahead) // context + 1 + offset
     if window < 1:
         return None
-    return Case(Relation(causal=True, offset=offset, window=window if window < length else None))
+    return Relation(causal=True, offset=offset, window=window if window < length else None)

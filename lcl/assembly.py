@@ -18,6 +18,7 @@ import grain
 import jax
 import optax
 
+from lcl import files
 from lcl import stages as stages_lib
 from lcl.attention import layouts
 from lcl.checkpoints import run_card
@@ -274,9 +275,7 @@ class Assembly:
         if jax.process_index() == 0:
             run_card.write_card(run_dir, new)
             if config_text is not None:
-                draft = run_dir / f"{CONFIG_FILE}.tmp"
-                draft.write_text(config_text)
-                draft.replace(run_dir / CONFIG_FILE)
+                files.write_whole(run_dir / CONFIG_FILE, config_text.encode())
 
     def update_card(self, step: int) -> None:
         """Writes the run card again, with the token ledger and the compilations so far."""

@@ -18,7 +18,7 @@ from typing import Any
 
 from gin import config_parser
 
-from lcl import config_types
+from lcl import config_types, files
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 MAX_INCLUDE_LEVELS = 2
@@ -186,6 +186,8 @@ def _shown_path(path: pathlib.Path) -> str:
 
 
 def _find_file(name: str, via: str) -> pathlib.Path:
+    if files.is_remote(name) and (remote := files.place(name)).exists():
+        return remote
     for root in _roots():
         if (root / name).is_file():
             return root / name

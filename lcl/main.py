@@ -15,6 +15,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from lcl import files
+
 EPILOG = """\
 bindings:
   --gin_file=FILE        a configuration; may be given several times, later files win
@@ -245,7 +247,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
     if arguments.show:
         _show(arguments.root)
         return 0
-    from lcl.data import dedup, filters
+    from lcl.data import dedup, filters, seqio_bridge
 
     sources: dict[str, Any] = {
         name: _pairs(f"--{option}", getattr(arguments, option))
@@ -263,7 +265,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
             "nothing to prepare: name corpora (see --list), or text of your own: --folder, "
             "--jsonl, --parquet, --arrayrecord, --tfds, --seqio"
         )
-    _import_modules(arguments.module)
+    seqio_bridge.import_modules(arguments.module)
     near = arguments.near_duplicates
     prepare.prepare(
         arguments.corpora,
@@ -344,31 +346,19 @@ def _read_run_data(arguments: argparse.Namespace) -> tuple[Any, str]:
     return report, out
 
 
-def _import_modules(names: Sequence[str]) -> None:
-    """Imports modules that register SeqIO tasks or TFDS builders, from here or installed."""
-    import importlib
-
-    sys.path.insert(0, os.getcwd())
-    for name in names:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise ValueError(f"--module {name!r} cannot be imported ({error})") from error
-
-
 def _train(arguments: argparse.Namespace) -> int:
     from lcl import config
 
-    run_dir = pathlib.Path(arguments.run_dir) if arguments.run_dir else None
-    files = arguments.gin_files
-    if not files and run_dir is not None and (run_dir / CONFIG_FILE).exists():
-        files = [str(run_dir / CONFIG_FILE)]  # An unfinished run knows its own configuration.
-    if not files:
+    run_dir = files.place(arguments.run_dir) if arguments.run_dir else None
+    gin_files = arguments.gin_files
+    if not gin_files and run_dir is not None and (run_dir / CONFIG_FILE).exists():
+        gin_files = [str(run_dir / CONFIG_FILE)]  # An unfinished run knows its own configuration.
+    if not gin_files:
         raise ValueError("no configuration: give --gin_file, such as configs/runs/quickstart.gin")
     overrides: dict[str, Any] = {"allow_changes": arguments.allow_changes}
     if run_dir is not None:
         overrides["run_dir"] = str(run_dir)
-    settings = config.load(files, arguments.bindings)
+    settings = config.load(gin_files, arguments.bindings)
     if arguments.print_config:
         print(settings.operative_text("train", **overrides))
         return 0
@@ -386,7 +376,7 @@ def _train(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from lcl import config
 
-    own = pathlib.Path(arguments.run_dir) / CONFIG_FILE
+    own = files.place(arguments.run_dir) / CONFIG_FILE
     if not own.exists():
         raise ValueError(f"{arguments.run_dir} holds no run ({CONFIG_FILE} is missing)")
     _prepare_jax()
@@ -410,15 +400,20 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from lcl.report import build_report, matrix_text
 
-    print(matrix_text(arguments.run_dirs))
-    print(f"report: {build_report(arguments.run_dirs, out=arguments.out)}")
+    with files.here(arguments.run_dirs) as run_dirs:
+        print(matrix_text(run_dirs))
+        page = build_report(run_dirs, out=arguments.out)
+        if arguments.out is None and files.is_remote(arguments.run_dirs[0]):
+            page = files.place(arguments.run_dirs[0]) / page.relative_to(run_dirs[0])
+    print(f"report: {page}")
     return 0
 
 
 def _info(arguments: argparse.Namespace) -> int:
     from lcl.report import info_text
 
-    print(info_text(arguments.run_dir))
+    with files.here([arguments.run_dir]) as (run_dir,):
+        print(info_text(run_dir))
     return 0
 
 

@@ -6,7 +6,8 @@ import dataclasses
 import json
 import math
 import os
-import pathlib
+
+from lcl import files
 
 __all__ = ["Guard", "Logging", "NonFiniteError", "check_finite", "leave_out", "read_left_out"]
 
@@ -87,13 +88,11 @@ def check_finite(step: int, loss: float, grad_norm: float, rows: object) -> None
 
 def read_left_out(run_dir: str | os.PathLike[str]) -> frozenset[int]:
     """The steps that rollbacks have left out of this run so far; they belong to its result."""
-    path = pathlib.Path(run_dir) / "left_out_steps.json"
+    path = files.place(run_dir) / "left_out_steps.json"
     return frozenset(json.loads(path.read_text())) if path.exists() else frozenset()
 
 
 def leave_out(run_dir: str | os.PathLike[str], step: int) -> None:
     """Adds `step` to the steps left out, atomically: a kill sees the old list or the new."""
-    path = pathlib.Path(run_dir) / "left_out_steps.json"
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(sorted(read_left_out(run_dir) | {step})))
-    draft.replace(path)
+    steps = sorted(read_left_out(run_dir) | {step})
+    files.write_whole(files.place(run_dir) / "left_out_steps.json", json.dumps(steps).encode())

@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 
+from lcl import files
 from lcl.assembly import Assembly, assemble
 from lcl.checkpoints import Checkpointer, CheckpointPolicy
 from lcl.data import Batch, Data
@@ -66,8 +67,8 @@ def train(
     """Trains `model` through `stages`, or goes on where this run's directory says it was.
 
     Args:
-      run_dir: the run's directory: logs, checkpoints, run card, report. A run that was killed goes
-        on from its newest good checkpoint, bit for bit.
+      run_dir: the run's directory, here or in a bucket (gs://bucket/run): logs, checkpoints, run
+        card, report. A run that was killed goes on from its newest good checkpoint, bit for bit.
       seed: the one seed; every key and every order is derived from it by name.
       model: sizes and dtypes of the decoder.
       data: where the tokenised stores are.
@@ -91,7 +92,7 @@ def train(
       NonFiniteError: see `lcl.policies.Guard`.
       SystemExit: after SIGTERM or Ctrl-C, once the state is saved; codes in lcl.preemption.
     """
-    run_dir = pathlib.Path(run_dir)
+    run_dir = files.place(run_dir)
     run = assemble(
         seed=seed,
         model=model,
@@ -124,7 +125,9 @@ def train(
     elif logging.report and jax.process_index() == 0:
         from lcl.report import build_report  # Matplotlib: seconds that a start should not pay
 
-        log.info("report: %s", build_report([run_dir]))
+        with files.here([run_dir]) as folders:
+            build_report(folders)
+        log.info("report: %s", run_dir / "report" / "index.html")
     return run_dir
 
 

@@ -20,6 +20,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lcl import files
 from lcl.checkpoints.errors import CheckpointError, reason
 
 FILE_NAME = "run_card.json"
@@ -43,16 +44,10 @@ def write_card(run_dir: str | os.PathLike[str], card: Mapping[str, Any]) -> path
     Raises:
         CheckpointError: the directory can't be written.
     """
-    path = pathlib.Path(run_dir) / FILE_NAME
+    path = files.place(run_dir) / FILE_NAME
     text = json.dumps(card, indent=2, sort_keys=True) + "\n"
-    draft = path.with_name(f"{FILE_NAME}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(draft, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())  # else a power cut may leave the new name on an empty file
-        draft.replace(path)
+        files.write_whole(path, text.encode())
     except OSError as error:
         raise CheckpointError(
             f"can't write {path} ({reason(error)}): mend its permissions or free some space, "
@@ -67,11 +62,9 @@ def read_card(run_dir: str | os.PathLike[str]) -> dict[str, Any] | None:
     Raises:
         CheckpointError: there is one that is not JSON.
     """
-    path = pathlib.Path(run_dir) / FILE_NAME
+    path = files.place(run_dir) / FILE_NAME
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
+        return json.loads(path.read_bytes()) if path.exists() else None
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"can't read {path} ({reason(error)}): put a copy back, or give another --run_dir"

@@ -15,6 +15,9 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -224,3 +227,17 @@ def vocabulary_tokenizer(vocabulary: Any) -> SeqioTokenizer:
     return SeqioTokenizer(
         vocabulary.sentencepiece_model_file, extra_ids=vocabulary.extra_ids, model=model
     )
+
+
+def import_modules(names: Sequence[str]) -> None:
+    """Imports modules that register SeqIO tasks or TFDS builders, from here or installed.
+
+    Raises:
+        ValueError: one that cannot be imported.
+    """
+    sys.path.insert(0, os.getcwd())
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ValueError(f"--module {name!r} cannot be imported ({error})") from error

@@ -39,6 +39,8 @@ from typing import Any
 
 import numpy as np
 
+from lcl import files
+
 FILES = ("metrics", "evals", "timings")
 _NUMERIC = (int, float, np.integer, np.floating)
 _AXES = ("step", "stage", "stage_index", "kind", "nonfinite")
@@ -52,7 +54,7 @@ class MetricsWriter:
     """Appends lines to the run's logs, exactly once a step, whatever was killed before.
 
     Args:
-        run_dir: the run directory, made if missing.
+        run_dir: the run directory, made if missing; in a bucket, the files appear at `flush`.
         resume_step: updates the restored state has seen; lines after it are dropped. 0 or None =
             a new run: all lines of an earlier try in this directory are dropped.
         tensorboard: also write TensorBoard events (tensorboardX is imported only then).
@@ -82,7 +84,8 @@ class MetricsWriter:
         tensorboard: bool = True,
         primary: bool = True,
     ) -> None:
-        self.run_dir = Path(run_dir)
+        self.run_dir = files.place(run_dir)
+        self._mirror: files.Mirror | None = None
         self.primary = primary
         self._logs: dict[str, _Log] = {}
         self._evals_written: set[tuple[int, Any, Any]] = set()
@@ -93,11 +96,18 @@ class MetricsWriter:
         resume = resume_step or 0
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
+            folder = self.run_dir
+            if files.is_remote(run_dir):
+                self._mirror = files.Mirror(run_dir)
+                self._mirror.fetch(*(f"{name}.jsonl" for name in FILES))
+                folder = self._mirror.folder
             for name in FILES:
                 last = resume if name == "evals" and resume else resume - 1
-                self._logs[name] = _Log(self.run_dir / f"{name}.jsonl", keep_through=last)
+                self._logs[name] = _Log(folder / f"{name}.jsonl", keep_through=last)
             if tensorboard:
-                self._tensorboard = _open_tensorboard(self.run_dir / "tensorboard", resume)
+                earlier = self.run_dir / "tensorboard"
+                number = len(list(earlier.iterdir())) if earlier.is_dir() else 0
+                self._tensorboard = _open_tensorboard(folder / "tensorboard", resume, number)
         except OSError as error:
             raise WriterError(_explain(error, self.run_dir)) from error
         for line in self._logs["evals"].kept:
@@ -148,6 +158,8 @@ class MetricsWriter:
                 log.fsync()
             if self._tensorboard is not None:
                 self._tensorboard.flush()
+            if self._mirror is not None:
+                self._mirror.push()
         except OSError as error:
             raise WriterError(_explain(error, self.run_dir)) from error
 
@@ -160,6 +172,10 @@ class MetricsWriter:
         if self._tensorboard is not None:
             self._tensorboard.close()
             self._tensorboard = None
+        if self._mirror is not None:
+            self._mirror.push()
+            self._mirror.close()
+            self._mirror = None
         self.primary = False
 
     def __enter__(self) -> MetricsWriter:
@@ -350,16 +366,16 @@ def _replace(path: Path, data: bytes) -> None:
         os.close(folder)
 
 
-def _open_tensorboard(logdir: Path, resume_step: int) -> Any:
+def _open_tensorboard(logdir: Path, resume_step: int, number: int) -> Any:
+    """The writer of the run's TensorBoard events, of which there are `number` files already."""
     from tensorboardX import SummaryWriter
 
-    files = sorted(logdir.iterdir()) if logdir.is_dir() else []
     return SummaryWriter(
         str(logdir),
         # Makes TensorBoard forget the events at and after this step, which are written again.
-        purge_step=resume_step if files else None,
+        purge_step=resume_step if number else None,
         # Names hold whole seconds: without a number, a quick restart overwrites the last.
-        filename_suffix=f".{len(files):04d}",
+        filename_suffix=f".{number:04d}",
         flush_secs=30,
     )
 

@@ -23,12 +23,13 @@ whole would be large (Llama-3-8B: 1.05 GB in bfloat16 and 2.1 GB of gradient, on
     pass 2   kernel [E, V] --+-- gather [D, W] -- logits again -- += d hidden [B, T, D] float32
                              +-- ...                           -- d kernel [D, W] -> scatter [E, W]
 
-No more than two gathered chunks (the next is fetched while one is worked on), one chunk of the
+No more than two gathered chunks (nothing waits for the next, so that a compiler that is asked for
+asynchronous collectives may fetch it meanwhile; by default libtpu does not), one chunk of the
 gradient and [R, W] logits exist. What it costs: 8 R D V FLOPs (the logits are made twice); the
 head travels twice in the compute dtype and its gradient once in float32, whatever the number of
-tokens; and d hidden is read and written once a chunk of the vocabulary, about 4% of the matmuls'
-time on a TPU v5p. The other order, tokens outside and vocabulary inside, would fetch the whole
-head anew for every chunk of tokens.
+tokens; and d hidden is read and written once a chunk of the vocabulary, by arithmetic about
+4% of the matmuls' time on a TPU v5p. The other order, tokens outside and vocabulary inside, would
+fetch the whole head anew for every chunk of tokens.
 """
 
 from __future__ import annotations
@@ -404,7 +405,7 @@ def _two_passes(
 
     def statistics(carry, n):
         kernel_DW, so_far = carry
-        ahead = fetch(n + 1)  # while this chunk is worked on
+        ahead = fetch(n + 1)  # nothing below waits for it
 
         def of_chunk(args):
             hidden_RD, targets_R, (top_R, total_R, target_R) = args

@@ -2,7 +2,7 @@
 r"""Runs `lcl train` on a Cloud TPU slice, or on several: get it, set it up, train, come back.
 
     launch/tpu.py run long --zone=us-east5-a --spot -- \
-        --gin_file=configs/pods/llama3_8b_1m_v5p_32.gin --run_dir=/mnt/shared/long
+        --gin_file=configs/pods/llama3_8b_1m_v5p_32.gin --run_dir=gs://bucket/long
 
 `run` is the loop a person would otherwise sit beside. What it does on each exit of the training:
 
@@ -155,10 +155,10 @@ def check_training(words: Sequence[str]) -> None:
     run_dirs = _option(words, "--run_dir")
     if not run_dirs:
         raise Mistake("no --run_dir after --: give a folder that all workers share")
-    if not os.path.isabs(run_dirs[-1]):
+    if not os.path.isabs(run_dirs[-1]) and "://" not in run_dirs[-1]:
         raise Mistake(
-            f"--run_dir={run_dirs[-1]} would be another folder on every worker: give an absolute "
-            "path on storage that all of them mount (Filestore, a bucket through gcsfuse)"
+            f"--run_dir={run_dirs[-1]} would be another folder on every worker: give a bucket "
+            "(gs://...) or an absolute path on storage that all of them mount (Filestore)"
         )
 
 

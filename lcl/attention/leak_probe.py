@@ -135,6 +135,7 @@ def probe(
     Returns:
       A finding a row; for each packing the first and the last token of the document are changed.
     """
+    base, other = jax.tree.map(jnp.asarray, (base, other))  # so that both calls get one dtype
     batch, length = row_index_BT.shape
     names, rows = zip(*packings(length).items(), strict=True)
     if batch % (2 * len(names)):

@@ -68,6 +68,11 @@ def test_several_slices_are_one_request_and_one_ssh():
         assert words[3] == "queued-resources" and {"--worker=all", "--node=all"} <= set(words)
 
 
+def test_a_run_may_live_in_a_bucket():
+    (start,) = dry("start", *TRAINING[:2], "--run_dir=gs://bucket/long")
+    assert remote(start)[-1] == "--run_dir=gs://bucket/long"
+
+
 def test_environment_reaches_the_workers_quoted():
     flags = "LIBTPU_INIT_ARGS=--xla_a=true --xla_b='c'"
     (start,) = dry("start", f"--env={flags}", *TRAINING)

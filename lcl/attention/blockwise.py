@@ -396,6 +396,23 @@ def _backward(
     return lax.scan(key_head, results, jnp.arange(batch * num_kv_heads))[0]
 
 
+def _delta(out_BTNH: jax.Array, dout_BTNH: jax.Array) -> jax.Array:
+    """sum over H of out * dout, float32 [B, T, N].
+
+    Head by head, because XLA's CPU backend hands one reduction of the whole to a library that takes
+    more than twice the operands' memory for itself.
+    """
+    batch, _, num_heads, _ = out_BTNH.shape
+
+    def head(delta_BTN, index):
+        row, n = index // num_heads, index % num_heads
+        out_TH, dout_TH = (_head(x, row, n).astype(jnp.float32) for x in (out_BTNH, dout_BTNH))
+        return _put_head(delta_BTN, jnp.sum(out_TH * dout_TH, axis=-1), row, n), None
+
+    zeros = jnp.zeros(out_BTNH.shape[:-1], jnp.float32)
+    return lax.scan(head, zeros, jnp.arange(batch * num_heads))[0]
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attend(q_BTNH, k_BSKH, v_BSKH, query: BlockedRows, key: BlockedRows, plan: _Plan):
     return _attend_forward(q_BTNH, k_BSKH, v_BSKH, query, key, plan)[0]
@@ -412,7 +429,7 @@ def _attend_forward(q_BTNH, k_BSKH, v_BSKH, query: BlockedRows, key: BlockedRows
 
 def _attend_backward(plan: _Plan, residuals, dout_BTNH):
     q_BTNH, k_BSKH, v_BSKH, out_BTNH, lse_BTN, query, key = residuals
-    delta_BTN = jnp.sum(dout_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=-1)
+    delta_BTN = _delta(out_BTNH, dout_BTNH)
     args = q_BTNH, k_BSKH, v_BSKH, lse_BTN, delta_BTN, dout_BTNH, query, key
     return *_backward(*args, plan, q_BTNH.dtype), None, None
 

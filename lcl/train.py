@@ -92,7 +92,7 @@ def train(
       NonFiniteError: see `lcl.policies.Guard`.
       SystemExit: after SIGTERM or Ctrl-C, once the state is saved; codes in lcl.preemption.
     """
-    run_dir = files.place(run_dir)
+    folder = files.place(run_dir)
     run = assemble(
         seed=seed,
         model=model,
@@ -104,11 +104,11 @@ def train(
         evaluation=evaluation,
         guard=guard,
     )
-    run.claim(run_dir, config_text, allow_changes=allow_changes)
+    run.claim(folder, config_text, allow_changes=allow_changes)
     with Preemption() as preemption:
         while True:
             try:
-                finished = _go(run, run_dir, checkpoint, evaluation, logging, preemption)
+                finished = _go(run, folder, checkpoint, evaluation, logging, preemption)
                 break
             except NonFiniteError as error:
                 # A rollback is a resume in which one step is crossed out.
@@ -127,8 +127,8 @@ def train(
 
         with files.here([run_dir]) as folders:
             build_report(folders)
-        log.info("report: %s", run_dir / "report" / "index.html")
-    return run_dir
+        log.info("report: %s", folder / "report" / "index.html")
+    return folder
 
 
 def _go(

@@ -177,8 +177,8 @@ def _travel(step: Callable, state: Any, keys: Any, num_steps: int, plan: Ring) -
         # Neither depends on the other: the next keys arrive while these are attended to.
         return (step(state, keys, number), _shift(keys, plan), number + 1), None
 
-    # The number is tied to the keys: were it the same in every layer, what a branch of its own makes
-    # (zeros, even) would be lifted out of the loop over layers and kept for each step.
+    # The number is tied to the keys: were it the same in every layer, what a branch of its own
+    # makes (zeros, even) would be lifted out of the loop over layers and kept for each step.
     keys, number = lax.optimization_barrier((_shift(keys, plan), jnp.int32(1)))
     if num_steps > 1:
         carry = (state, keys, number)
@@ -316,57 +316,64 @@ class _Splash:
 
 
 class _Zigzag(_Splash):
-    """Causal over zigzag rows: two full squares of halves each step, which two depends on the side.
+    """Causal over zigzag rows: two full squares each step; the second depends on the side.
 
         keys of:          an earlier device     a later device
                           early   late          early   late
-        early queries       B      .              .      .         # A: always the same
-        late queries        A      .              A      B         # B: one or the other
+        early queries       2      .              .      .
+        late queries        1      .              1      2
 
-    Both squares go through one kernel without a mask, stacked along the batch, so there is nothing
-    to branch on, one kernel to compile, and the sums are kept as halves that are updated in place.
+    So after step 0 there is one kernel, without a mask, and nothing to branch on. The squares are
+    taken one after the other (a loop of two): what a kernel needs besides its operands, such as a
+    log-sum-exp 128 lanes wide, is then half as large, and sums are updated in place.
     """
 
     def __init__(self, plan: Ring) -> None:
-        own = Relation(causal=True)
         which = np.zeros((plan.context, plan.context), np.int32)
-        super().__init__(plan, Cases(own, (), which, plan.context - 1))
+        super().__init__(plan, Cases(Relation(causal=True), (), which, plan.context - 1))
+
+    def _squares(self, number):
+        """The halves of queries and keys in squares 1 and 2; half 1 is the late one."""
+        earlier = lax.axis_index(self._plan.axis) >= number
+        second = jnp.where(earlier, 0, 1)
+        return jnp.stack([1, second]), jnp.stack([0, second])
 
     def forward(self, found, q_BTNH, rows: Rows, keys, number):
         if found is None:
-            return _halves(super().forward(None, q_BTNH, rows, keys, number))
-        earlier = self._earlier(number)
-        queries = _halves((q_BTNH, rows.segment_ids_BT))
-        part = self._attend(_FULL, *_squares(earlier, queries, _halves(_with_segments(keys))))
-        a, (out_b, lse_b) = _unstacked(part)
-        early, late = found
-        early = merge(early, (out_b, jnp.where(earlier, lse_b, -jnp.inf)))
-        late = merge(merge(late, a), (out_b, jnp.where(earlier, -jnp.inf, lse_b)))
-        return early, late
+            return _in_halves(super().forward(None, q_BTNH, rows, keys, number))
+        queries = _in_halves((q_BTNH, rows.segment_ids_BT))
+        keys = _in_halves(_with_segments(keys))
+
+        def square(found, halves):
+            query_half, key_half = halves
+            part = self._attend(_FULL, _half(queries, query_half), _half(keys, key_half))
+            joined = merge(_half(found, query_half), part)
+            return _put_half(found, joined, query_half), None
+
+        return lax.scan(square, found, self._squares(number))[0]
 
     def backward(self, dq_BTNH, queries, keys, number):
         if dq_BTNH is None:
             dq, dk, dv = super().backward(None, queries, keys, number)
-            return _halves(dq), dk, dv
-        earlier = self._earlier(number)
-        stacked = _squares(earlier, _halves(_with_segments(queries)), _halves(_with_segments(keys)))
-        (dq_a, *dkv_a), (dq_b, *dkv_b) = _unstacked(self._gradients(_FULL, *stacked))
-        early, late = dq_BTNH
-        early = early + jnp.where(earlier, dq_b, 0.0)
-        late = late + dq_a + jnp.where(earlier, 0.0, dq_b)
-        dk, dv = (
-            jnp.concatenate([a + jnp.where(earlier, b, 0.0), jnp.where(earlier, 0.0, b)], axis=1)
-            for a, b in zip(dkv_a, dkv_b, strict=True)
-        )
-        return (early, late), dk, dv
+            return _in_halves(dq), dk, dv
+        queries, keys = _in_halves(_with_segments(queries)), _in_halves(_with_segments(keys))
+
+        def square(sums, halves):
+            dq, dkv = sums
+            query_half, key_half = halves
+            more_dq, *more = self._gradients(
+                _FULL, _half(queries, query_half), _half(keys, key_half)
+            )
+            dq = _put_half(dq, _half(dq, query_half) + more_dq, query_half)
+            more = jax.tree.map(jnp.add, _half(dkv, key_half), tuple(more))
+            return (dq, _put_half(dkv, more, key_half)), None
+
+        zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in keys[:2])
+        (dq, dkv), _ = lax.scan(square, (dq_BTNH, zeros), self._squares(number))
+        return dq, *self.join(dkv)
 
     def join(self, x):
-        early, late = x
-        return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), early, late)
-
-    def _earlier(self, number):
-        """Whether the keys of `number` devices back are of an earlier device."""
-        return lax.axis_index(self._plan.axis) >= number
+        return jax.tree.map(lambda y: y.reshape(y.shape[0], -1, *y.shape[3:]), x)
 
 
 _FULL = Relation(causal=False)
@@ -378,24 +385,17 @@ def _with_segments(x: tuple) -> tuple:
     return (*arrays, rows.segment_ids_BT)
 
 
-def _halves(x: Any) -> tuple:
-    """Every leaf cut in two along the tokens."""
-    early = jax.tree.map(lambda y: y[:, : y.shape[1] // 2], x)
-    return early, jax.tree.map(lambda y: y[:, y.shape[1] // 2 :], x)
+def _in_halves(x: Any) -> Any:
+    """[B, T, ...] -> [B, 2, T / 2, ...], every leaf."""
+    return jax.tree.map(lambda y: y.reshape(y.shape[0], 2, -1, *y.shape[2:]), x)
 
 
-def _squares(earlier, queries: tuple, keys: tuple) -> tuple:
-    """The operands of A and B, stacked along the batch."""
-    (q_early, q_late), (k_early, k_late) = queries, keys
-
-    def stacked(a, if_earlier, if_later):
-        return jax.tree.map(
-            lambda x, y, z: jnp.concatenate([x, jnp.where(earlier, y, z)]), a, if_earlier, if_later
-        )
-
-    return stacked(q_late, q_early, q_late), stacked(k_early, k_early, k_late)
+def _half(x: Any, which) -> Any:
+    """[B, 2, T / 2, ...] -> [B, T / 2, ...], every leaf."""
+    return jax.tree.map(lambda y: lax.dynamic_index_in_dim(y, which, axis=1, keepdims=False), x)
 
 
-def _unstacked(x: tuple) -> tuple:
-    batch = x[0].shape[0] // 2
-    return tuple(y[:batch] for y in x), tuple(y[batch:] for y in x)
+def _put_half(x: Any, half: Any, which) -> Any:
+    return jax.tree.map(
+        lambda y, part: lax.dynamic_update_index_in_dim(y, part, which, axis=1), x, half
+    )

@@ -172,7 +172,9 @@ class Side:
 
     def _read(self) -> dict:
         assert self.process.stdout is not None
-        return json.loads(self.process.stdout.readline())
+        if not (line := self.process.stdout.readline()):
+            raise RuntimeError(f"a side's process ended, return code {self.process.wait()}")
+        return json.loads(line)
 
     def call(self) -> dict:
         print(file=self.process.stdin, flush=True)

@@ -230,6 +230,10 @@ class Compiler:
         self._executables: dict[Any, concurrent.futures.Future[Any]] = {}
         self._lock = threading.Lock()
 
+    def __len__(self) -> int:
+        """How many programs there are, those under way included."""
+        return len(self._executables)
+
     def compile(self, name: str, key: Any, jitted: Any, example: tuple[Any, ...]) -> Any:
         """The executable of `jitted` for arguments such as `example`.
 

@@ -76,7 +76,7 @@ def test_one_program_a_bucket_all_before_the_loop(root, finished, tmp_path):
     run = assemble(**arguments)
     assert run.stream.shapes(0) == tuple(SHAPES)
     train_step = run.train_step(run.spans[0])
-    assert len(run._executables) == len(SHAPES)  # all are there before a step was made
+    assert len(run.compiler) == len(SHAPES)  # all are there before a step was made
     events = []
 
     def listen(event: str, duration: float, **_) -> None:
@@ -94,7 +94,7 @@ def test_one_program_a_bucket_all_before_the_loop(root, finished, tmp_path):
         jax.monitoring.unregister_event_duration_listener(listen)
     assert not events and set(shapes) == set(SHAPES)
     assert shapes[0] == SHAPES[0], "the longest bucket comes first"
-    assert len(run._executables) == len(SHAPES)
+    assert len(run.compiler) == len(SHAPES)
 
 
 def test_tokens_a_step_are_constant_and_the_card_has_the_buckets(finished):

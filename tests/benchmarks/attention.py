@@ -192,7 +192,7 @@ def measure(case: dict, sides: list[str], rounds: int, cores: int) -> dict[str, 
     results = {s: {"needs_gib": x.needs_gib} for s, x in running.items() if x.needs_gib}
     calls: dict[str, list[dict]] = {side: [] for side in sides if side not in results}
     order = list(calls)
-    for i in range(rounds):
+    for i in range(rounds if order else 0):
         for side in order[i % len(order) :] + order[: i % len(order)]:
             calls[side].append(running[side].call())
     for x in running.values():

@@ -93,7 +93,7 @@ with Checkpointer(run_dir) as checkpointer:
     restored = checkpointer.restore_latest(abstract)
 assert restored.step == 3 and state_digest(restored.state) == state_digest(state)
 
-with Preemption(agree_every=2) as preemption:
+with Preemption(agree_every=2, agree_seconds=1e6) as preemption:
     if me == 1:
         preemption._requested.set()
     print(me, [preemption.should_stop(step) for step in (1, 2, 3, 4)], flush=True)

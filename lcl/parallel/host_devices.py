@@ -22,6 +22,9 @@ from collections.abc import Mapping
 
 THREADS_PER_DEVICE = 8
 FEWER_OPEN_COLLECTIVES = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+# XLA ends a process whose partners in a collective are 40 s late; beside other work on the same
+# cores a device that is only slow can be that late.
+PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=300"
 _COUNT = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
 
 
@@ -63,6 +66,8 @@ def host_device_environment(
     words = [_COUNT.sub("", flags).strip(), f"--xla_force_host_platform_device_count={count}"]
     if "xla_cpu_enable_concurrency_optimized_scheduler" not in flags:
         words.append(FEWER_OPEN_COLLECTIVES)
+    if "xla_cpu_collective_call_terminate_timeout_seconds" not in flags:
+        words.append(PATIENCE)
     wanted = {"XLA_FLAGS": " ".join(word for word in words if word)}
     cores = len(os.sched_getaffinity(0)) if cores is None else cores
     if count > cores and not {"PJRT_NPROC", "NPROC"} & set(environ):

@@ -118,7 +118,8 @@ def test_the_arms_of_a_seed_differ_in_what_they_compare_only(done):
         names = {n for n in {*lines[0], *other} if lines[0].get(n) != other.get(n)}
         assert names or run.settings["data"] != equal[0].settings["data"]
         assert all(n.removeprefix("stages[0].data.").startswith(allowed) for n in names)
-    assert len({run.hash for run in runs}) == len(runs)
+    # An arm of equal seconds may come out with the very steps of its arm of equal tokens.
+    assert len({run.hash for run in equal}) == len(equal)
 
 
 def test_tokens_are_equal_where_they_should_be(done):

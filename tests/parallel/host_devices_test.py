@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lcl.parallel.host_devices import FEWER_OPEN_COLLECTIVES, host_device_environment
+from lcl.parallel.host_devices import FEWER_OPEN_COLLECTIVES, PATIENCE, host_device_environment
 
 
 def test_pretended_devices_get_a_larger_pool_and_real_cores_do_not():
@@ -27,6 +27,7 @@ def test_what_the_user_has_set_is_kept():
         "--xla_dump_to=/tmp/x",
         "--xla_cpu_enable_concurrency_optimized_scheduler=true",
         "--xla_force_host_platform_device_count=8",
+        PATIENCE,
     ]
     assert "PJRT_NPROC" not in wanted
 

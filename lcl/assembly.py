@@ -35,7 +35,6 @@ from lcl.programs import (
     Compiler,
     abstract_batch,
     abstract_state,
-    abstract_step,
     boxed_state,
     check_splits,
     jit_eval_step,
@@ -47,7 +46,7 @@ from lcl.programs import (
 from lcl.stages import Span, Stage
 from lcl.step import Metrics, Objective, TrainState
 
-__all__ = ["Assembly", "abstract_step", "assemble", "boxed_state", "named_key"]
+__all__ = ["Assembly", "assemble", "named_key"]
 
 # A model may pad its vocabulary up to this multiple of the tokenizer's, so that it splits evenly.
 VOCABULARY_PADDING = 256

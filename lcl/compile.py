@@ -14,6 +14,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lcl import files
 from lcl.parallel import flops, roofline
 from lcl.parallel import memory_table as tables
 from lcl.parallel.topologies import (
@@ -124,12 +125,12 @@ class _Work:
             2 * len(domains), stage.name,
         )  # fmt: skip
 
-    def step(self, model: Any | None = None) -> tuple[Any, tuple[Any, Any]]:
-        """The jitted step and its arguments' shapes."""
+    def step(self) -> tuple[Any, tuple[Any, Any]]:
+        """The jitted step and its arguments' shapes; checked, nothing is traced yet."""
         from lcl.programs import abstract_step
 
         return abstract_step(
-            model or self.model,
+            self.model,
             self.objective,
             self.optimizer,
             self.mesh,
@@ -138,22 +139,14 @@ class _Work:
             num_sources=self.num_sources,
         )
 
-    def _arguments(self) -> tuple[Any, Any]:
-        """The step's arguments as shapes; checked, nothing is traced."""
-        from lcl import programs
-
-        layout = self.mesh_config.context_layout
-        programs.check_splits(self.model, self.objective, self.mesh, self.batch_shape, layout)
-        model = programs.laid_out(self.model, self.mesh, layout)
-        state = programs.abstract_state(model, self.optimizer.build(), self.mesh)
-        return state, programs.abstract_batch(model, self.mesh, self.batch_shape)
-
     def describe(self, name: str) -> dict[str, Any]:
         """The report before anything is compiled."""
+        from lcl.checkpoints.run_card import versions
+        from lcl.objectives import cross_entropy
         from lcl.parallel import compile_report
 
         model, (rows, length) = self.model, self.batch_shape
-        state, batch = self._arguments()
+        _, (state, batch) = self.step()
         kept, offloaded = self._remat()
         table = tables.memory_table(
             model,
@@ -164,6 +157,8 @@ class _Work:
             batch_shape=self.batch_shape,
             kept=kept,
             offloaded=offloaded,
+            whole_head_bytes=cross_entropy.WHOLE_HEAD_BYTES,
+            head_chunk_bytes=cross_entropy.HEAD_CHUNK_BYTES,
             loss_chunk=getattr(self._loss, "chunk_size", 512),
             accumulate=getattr(self.objective, "pieces", 1),
         )
@@ -181,7 +176,7 @@ class _Work:
                 f"{model.remat!r}, attention {model.attention!r}, layout "
                 f"{self.mesh_config.context_layout!r}, residual stream {model.residual_dtype}",
             ],
-            "versions": _versions(),
+            "versions": {k: v for k, v in versions().items() if k in ("lcl", "jax", "libtpu")},
             "topology": dataclasses.asdict(self.topology) | {"devices": self.topology.num_devices},
             "mesh": mesh,
             "batch": [rows, length],
@@ -350,24 +345,19 @@ def _extrapolate(
             group[key] = line(group[key], other[key])
     report["collectives"] = few["collectives"]
     report["buffers"], report["kernels"] = more["buffers"], more["kernels"]
-    bounds = {k: v for k, v in few["roofline"].items() if k.endswith("_s") and k != "step_s"}
-    bounds = {k: v + (more["roofline"][k] - v) * factor for k, v in bounds.items()}
-    names = {
-        "compute_s": "compute",
-        "hbm_s": "HBM",
-        "ici_s": "ICI",
-        "dcn_s": "DCN",
-        "pcie_s": "PCIe",
-    }
-    slowest = max(names, key=lambda k: bounds[k])
-    peak = work.topology.chip.flops_per_second * work.topology.num_devices
-    tokens = work.batch_shape[0] * work.batch_shape[1]
-    report["roofline"] = bounds | {
-        "step_s": bounds[slowest],
-        "bound": names[slowest],
-        "mfu": report["flops"]["model"] / peak / bounds[slowest],
-        "tokens_per_second_per_chip": tokens / work.topology.num_devices / bounds[slowest],
-    }
+
+    def at(key: str) -> float:
+        return few["roofline"][key] + (more["roofline"][key] - few["roofline"][key]) * factor
+
+    bounds = roofline.bounded(
+        {name: at(f"{name.lower()}_s") for name in roofline.RESOURCES},
+        ici_one_link_s=at("ici_one_link_s"),
+        chip=work.topology.chip,
+        num_devices=work.topology.num_devices,
+        tokens=work.batch_shape[0] * work.batch_shape[1],
+        model_flops=report["flops"]["model"],
+    )
+    report["roofline"] = compile_report.as_dict(bounds)
     report["seconds"] = more["seconds"]
     report["remarks"] += few["remarks"] + [
         f"EXTRAPOLATED: compiled with {num_layers} and {2 * num_layers} scanned layers, continued "
@@ -402,25 +392,15 @@ def _abstract_mesh(config: Any, topology: Topology) -> Any:
     )
 
 
-def _versions() -> dict[str, str]:
-    import importlib.metadata as metadata
-
-    found = {}
-    for package in ("lcl", "jax", "libtpu"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def write_report(report: Mapping[str, Any], folder: str, stem: str) -> list[pathlib.Path]:
     """Writes STEM.json and STEM.md into the folder."""
     from lcl.parallel import compile_report
 
-    place = pathlib.Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
-    paths = [place / f"{stem}.json", place / f"{stem}.md"]
-    paths[0].write_text(json.dumps(report, indent=1) + "\n")
-    paths[1].write_text(compile_report.report_text(report))
+    texts = {
+        ".json": json.dumps(report, indent=1) + "\n",
+        ".md": compile_report.report_text(report),
+    }
+    paths = [pathlib.Path(folder) / f"{stem}{suffix}" for suffix in texts]
+    for path, text in zip(paths, texts.values(), strict=True):
+        files.write_whole(path, text.encode())
     return paths

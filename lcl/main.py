@@ -1,4 +1,4 @@
-"""The command line: `lcl prepare | data | train | evaluate | report | info | compile`.
+"""The command line: `lcl prepare | data | train | evaluate | report | info | probe | compile`.
 
 Thin; the work is elsewhere. A mistake of the user's is one line on stderr and exit code 2. Nothing
 heavy is imported before a command has been recognised, so `lcl --help` answers at once.

@@ -108,7 +108,7 @@ class Preemption:
         flags, steps = np.reshape(multihost_utils.process_allgather(mine), (-1, 2)).T
         # From what all have seen alike, so that all ask again at the same step.
         slowest = float(steps.max())
-        every = self._agree_every if slowest > 0 else 1
+        every = 1
         if slowest > 0:
             every = max(1, min(self._agree_every, int(self._agree_seconds / slowest)))
         self._agreed_at, self._next_agreement = (step, now), step + every

@@ -396,8 +396,8 @@ def test_golden_loss_curve_of_a_two_layer_model(finished, request):
 
 
 def test_golden_sharding_of_the_whole_state(golden):
-    from lcl.assembly import boxed_state
     from lcl.parallel import rules
+    from lcl.programs import boxed_state
 
     chain = AdamW(schedule=constant(rate=1e-3)).build()
     model = DecoderConfig(

@@ -20,20 +20,20 @@ from jax import lax
 
 from lcl.attention import layouts
 from lcl.attention.blockwise import blockwise
-from lcl.attention.ring import Ring
+from lcl.attention.context_plan import ContextPlan
 from lcl.attention.rows import Rows
 from lcl.attention.splash import splash_sharded_queries
 
 
 def all_gather(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, rows: Rows, plan: Ring
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, rows: Rows, plan: ContextPlan
 ) -> jax.Array:
     """softmax(scale * q k^T + mask) v over rows that devices share; inside `shard_map`.
 
     Args:
       q_BTNH, k_BTKH, v_BTKH: this device's tokens, float32 or bfloat16.
       rows: their original row indices (blockwise inside: required where context > 1) and documents.
-      plan: as for `lcl.attention.ring.ring`.
+      plan: which devices share the rows, and how.
 
     Returns:
       [B, T, N, H] in q's dtype; a query that sees no key gives 0, and its gradients are 0.
@@ -75,17 +75,17 @@ def all_gather(
     )
 
 
-def in_row_order(x_BS: jax.Array, plan: Ring) -> jax.Array:
+def in_row_order(x_BS: jax.Array, plan: ContextPlan) -> jax.Array:
     """Whole rows [B, S, ...] as laid out, put back into their original order."""
     return _reordered(x_BS, plan, layouts.inverse)
 
 
-def as_laid_out(x_BS: jax.Array, plan: Ring) -> jax.Array:
+def as_laid_out(x_BS: jax.Array, plan: ContextPlan) -> jax.Array:
     """Undoes `in_row_order`."""
     return _reordered(x_BS, plan, layouts.permutation)
 
 
-def _reordered(x_BS: jax.Array, plan: Ring, order_fn) -> jax.Array:
+def _reordered(x_BS: jax.Array, plan: ContextPlan, order_fn) -> jax.Array:
     if plan.layout == "contiguous" or plan.context == 1:
         return x_BS
     batch, length, *rest = x_BS.shape

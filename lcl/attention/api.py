@@ -31,9 +31,10 @@ from lcl.attention.ambient import (
 )
 from lcl.attention.blockwise import blockwise
 from lcl.attention.choice import ACROSS_DEVICES, IMPLEMENTATIONS, Call, check_attention, choose
+from lcl.attention.context_plan import ContextPlan
 from lcl.attention.mask import Mask
 from lcl.attention.reference import reference
-from lcl.attention.ring import Ring, ring
+from lcl.attention.ring import ring
 from lcl.attention.rows import Rows
 from lcl.attention.splash import BlockSizes, splash
 from lcl.attention.ulysses import ulysses
@@ -141,7 +142,7 @@ def attend(
         )
     rules: dict[str, Any] = dict(mask=mask, scale=scale, soft_cap=soft_cap)
     if impl in ACROSS_DEVICES:
-        plan = Ring(
+        plan = ContextPlan(
             context=context,
             layout=layout,
             inner=call.inner,
@@ -216,7 +217,7 @@ def _splash(rules: dict, q_BTNH, k_BSKH, v_BSKH, query: Rows, key: None):
     return splash(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT=query.segment_ids_BT, **rules)
 
 
-def _across(impl: str, plan: Ring, q_BTNH, k_BTKH, v_BTKH, rows: Rows, key: None):
+def _across(impl: str, plan: ContextPlan, q_BTNH, k_BTKH, v_BTKH, rows: Rows, key: None):
     """One device's part of an attention that crosses devices."""
     if plan.inner == "splash":
         rows = rows._replace(row_index_BT=None)  # the layout says it

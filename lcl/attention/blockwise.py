@@ -396,7 +396,7 @@ def _backward(
     return lax.scan(key_head, results, jnp.arange(batch * num_kv_heads))[0]
 
 
-def _delta(out_BTNH: jax.Array, dout_BTNH: jax.Array) -> jax.Array:
+def row_delta(out_BTNH: jax.Array, dout_BTNH: jax.Array) -> jax.Array:
     """sum over H of out * dout, float32 [B, T, N].
 
     Head by head, because XLA's CPU backend hands one reduction of the whole to a library that takes
@@ -429,7 +429,7 @@ def _attend_forward(q_BTNH, k_BSKH, v_BSKH, query: BlockedRows, key: BlockedRows
 
 def _attend_backward(plan: _Plan, residuals, dout_BTNH):
     q_BTNH, k_BSKH, v_BSKH, out_BTNH, lse_BTN, query, key = residuals
-    delta_BTN = _delta(out_BTNH, dout_BTNH)
+    delta_BTN = row_delta(out_BTNH, dout_BTNH)
     args = q_BTNH, k_BSKH, v_BSKH, lse_BTN, delta_BTN, dout_BTNH, query, key
     return *_backward(*args, plan, q_BTNH.dtype), None, None
 

@@ -27,7 +27,6 @@ Liu, Zaharia and Abbeel 2023 (arXiv:2310.01889); joining and backward as in Flas
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -38,36 +37,11 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from lcl.attention.blockwise import blockwise_backward, blockwise_forward
-from lcl.attention.mask import Mask
+from lcl.attention.blockwise import blockwise_backward, blockwise_forward, row_delta
+from lcl.attention.context_plan import ContextPlan
 from lcl.attention.ring_cases import Cases, ring_cases
 from lcl.attention.rows import Relation, Rows
-from lcl.attention.splash import BlockSizes
 from lcl.attention.splash_partial import splash_backward, splash_forward
-
-
-@dataclasses.dataclass(frozen=True)
-class Ring:
-    """What is known of a ring when compiling.
-
-    Attributes:
-      context: devices in the ring.
-      mask: causal, window; prefix with blockwise only.
-      layout: how rows are laid out over the devices; splash goes by it.
-      inner: "blockwise" or "splash".
-      scale, soft_cap, block_sizes, interpret: as for the inner attention.
-      axis: mesh axis of the ring.
-    """
-
-    context: int
-    mask: Mask
-    layout: str = "contiguous"
-    inner: str = "blockwise"
-    scale: float | None = None
-    soft_cap: float | None = None
-    block_sizes: BlockSizes | None = None
-    interpret: bool = False
-    axis: str = "context"
 
 
 def merge(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple:
@@ -98,7 +72,7 @@ def merge(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tup
 
 
 def ring(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, rows: Rows, plan: Ring
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, rows: Rows, plan: ContextPlan
 ) -> jax.Array:
     """softmax(scale * q k^T + mask) v over rows that a ring of devices shares; inside `shard_map`.
 
@@ -119,11 +93,11 @@ def ring(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _ring(q_BTNH, k_BTKH, v_BTKH, rows: Rows, plan: Ring):
+def _ring(q_BTNH, k_BTKH, v_BTKH, rows: Rows, plan: ContextPlan):
     return _forward(q_BTNH, k_BTKH, v_BTKH, rows, plan)[0]
 
 
-def _forward(q_BTNH, k_BTKH, v_BTKH, rows: Rows, plan: Ring):
+def _forward(q_BTNH, k_BTKH, v_BTKH, rows: Rows, plan: ContextPlan):
     inner = _inner(plan, q_BTNH.shape[1])
     # The rows are the same in every layer. Were that to be seen, all that follows from them alone
     # would be lifted out of the loop over layers and kept, once a step of the ring: gigabytes.
@@ -140,11 +114,11 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, rows: Rows, plan: Ring):
     return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, rows, out_BTNH, lse_BTN)
 
 
-def _backward(plan: Ring, residuals, dout_BTNH):
+def _backward(plan: ContextPlan, residuals, dout_BTNH):
     q_BTNH, k_BTKH, v_BTKH, rows, out_BTNH, lse_BTN = residuals
     inner = _inner(plan, q_BTNH.shape[1])
     dout_BTNH, rows = lax.optimization_barrier((dout_BTNH, rows))  # as in the forward pass
-    delta_BTN = jnp.sum(dout_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=-1)
+    delta_BTN = inner.delta(out_BTNH, dout_BTNH)
     queries = (q_BTNH, lse_BTN, delta_BTN, dout_BTNH.astype(q_BTNH.dtype), rows)
     keys = (k_BTKH, v_BTKH, rows)
 
@@ -167,7 +141,7 @@ def _backward(plan: Ring, residuals, dout_BTNH):
 _ring.defvjp(_forward, _backward)
 
 
-def _travel(step: Callable, state: Any, keys: Any, num_steps: int, plan: Ring) -> Any:
+def _travel(step: Callable, state: Any, keys: Any, num_steps: int, plan: ContextPlan) -> Any:
     """state = step(state, keys of `number` devices back, number) for number = 1 .. num_steps."""
     if not num_steps:
         return state
@@ -186,7 +160,7 @@ def _travel(step: Callable, state: Any, keys: Any, num_steps: int, plan: Ring) -
     return step(state, keys, number)
 
 
-def _shift(x: Any, plan: Ring, by: int = 1) -> Any:
+def _shift(x: Any, plan: ContextPlan, by: int = 1) -> Any:
     """Every leaf from each device to the one `by` further on."""
     pairs = [(i, (i + by) % plan.context) for i in range(plan.context)]
     if by % plan.context == 0:
@@ -194,7 +168,7 @@ def _shift(x: Any, plan: Ring, by: int = 1) -> Any:
     return jax.tree.map(lambda leaf: lax.ppermute(leaf, plan.axis, pairs), x)
 
 
-def _inner(plan: Ring, local_length: int) -> _Blockwise | _Splash:
+def _inner(plan: ContextPlan, local_length: int) -> _Blockwise | _Splash:
     if plan.inner == "blockwise":
         return _Blockwise(plan)
     mask = plan.mask
@@ -206,7 +180,9 @@ def _inner(plan: Ring, local_length: int) -> _Blockwise | _Splash:
 class _Blockwise:
     """Every step is the same: what a query sees, the travelling rows say."""
 
-    def __init__(self, plan: Ring) -> None:
+    delta = staticmethod(row_delta)
+
+    def __init__(self, plan: ContextPlan) -> None:
         self.num_steps = plan.context - 1
         self._rules: dict[str, Any] = dict(mask=plan.mask, scale=plan.scale, soft_cap=plan.soft_cap)
 
@@ -230,7 +206,7 @@ class _Blockwise:
 class _Splash:
     """A kernel for each case; step 0 has its own, the others look theirs up."""
 
-    def __init__(self, plan: Ring, cases: Cases) -> None:
+    def __init__(self, plan: ContextPlan, cases: Cases) -> None:
         self.num_steps = cases.num_steps
         self._plan = plan
         self._cases = cases
@@ -285,6 +261,10 @@ class _Splash:
         """What `forward` and `backward` carry, as whole arrays."""
         return x
 
+    def delta(self, out_BTNH, dout_BTNH):
+        """sum over H of out * dout, float32 [B, T, N]."""
+        return jnp.sum(dout_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=-1)
+
     def _attend(self, relation: Relation, queries, keys):
         q_BTNH, query_segments = queries
         k_BSKH, v_BSKH, key_segments = keys
@@ -328,7 +308,7 @@ class _Zigzag(_Splash):
     log-sum-exp 128 lanes wide, is then half as large, and sums are updated in place.
     """
 
-    def __init__(self, plan: Ring) -> None:
+    def __init__(self, plan: ContextPlan) -> None:
         which = np.zeros((plan.context, plan.context), np.int32)
         super().__init__(plan, Cases(Relation(causal=True), (), which, plan.context - 1))
 

@@ -87,7 +87,7 @@ def splash_obstacle(
         )
     lengths = [(query_length, key_length)]
     if ring and layout == "zigzag":
-        # Two of a ring's three cases see half of the keys, or half of the queries.
+        # From the second step on half of the queries meets half of the keys: both must split.
         lengths += [(query_length, key_length // 2), (query_length // 2, key_length)]
     for queries, keys in lengths:
         try:

@@ -23,13 +23,13 @@ from jax import lax
 
 from lcl.attention.all_gather import as_laid_out, in_row_order
 from lcl.attention.blockwise import blockwise
-from lcl.attention.ring import Ring
+from lcl.attention.context_plan import ContextPlan
 from lcl.attention.rows import Rows
 from lcl.attention.splash import splash
 
 
 def ulysses(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, rows: Rows, plan: Ring
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, rows: Rows, plan: ContextPlan
 ) -> jax.Array:
     """softmax(scale * q k^T + mask) v over rows that devices share; inside `shard_map`.
 
@@ -37,7 +37,7 @@ def ulysses(
       q_BTNH, k_BTKH, v_BTKH: this device's tokens, float32 or bfloat16; N a multiple of the
         devices.
       rows: their original row indices (None: as the layout says) and documents.
-      plan: as for `lcl.attention.ring.ring`.
+      plan: which devices share the rows, and how.
 
     Returns:
       [B, T, N, H] in q's dtype; a query that sees no key gives 0, and its gradients are 0.

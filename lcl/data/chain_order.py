@@ -112,10 +112,9 @@ def _chain(
         a, b = x[free], y[free]
         return free[(far[a] != b) & (size[a] + size[b] <= limit)]
 
-    for begin in range(
-        0, len(first), max(num_documents, 1)
-    ):  # the heaviest make most of the others
-        x = first[begin : begin + num_documents]  # impossible, and that is cheap to see
+    # In portions: the heaviest edges make most of the others impossible, which is cheap to see.
+    for begin in range(0, len(first), max(num_documents, 1)):
+        x = first[begin : begin + num_documents]
         y = second[begin : begin + num_documents]
         taken = len(x)
         while True:

@@ -56,8 +56,8 @@ from lcl.parallel.rules import axes_of
 
 # Of a head that the mesh cuts along D: with a float32 gradient [D, V] up to this size it is
 # gathered whole, one pass being cheaper; beyond it is worked on in chunks of the second size.
-_WHOLE_BYTES = 256 * 2**20
-_CHUNK_BYTES = 64 * 2**20
+WHOLE_HEAD_BYTES = 256 * 2**20
+HEAD_CHUNK_BYTES = 64 * 2**20
 _LANES = 128  # a chunk's columns are a multiple of a TPU register's
 
 
@@ -265,8 +265,8 @@ def _one_device(
     """
     dim, vocab = hidden_BTD.shape[2], kernel_EV.shape[1]
     columns = settings.vocab_chunk
-    if columns is None and places.cut and 4 * dim * vocab > _WHOLE_BYTES:
-        num_chunks = -(-4 * dim * vocab // _CHUNK_BYTES)
+    if columns is None and places.cut and 4 * dim * vocab > WHOLE_HEAD_BYTES:
+        num_chunks = -(-4 * dim * vocab // HEAD_CHUNK_BYTES)
         columns = -(-vocab // (num_chunks * _LANES)) * _LANES
     if columns is None:
         work = _one_pass

@@ -15,8 +15,8 @@ compiler counts, it counts per device. The sources, by the letters at the column
             chips, the order of magnitude in "How to Scale Your Model". It differs by machine type,
             so a step that the DCN bounds should be measured before it is believed        [assumed]
 
-Not in the table because nothing here is bounded by it: PCIe to the host, about 16 GB/s a chip one
-way ([assumed], "How to Scale Your Model"), which offloaded activations travel over.
+Not in the table because it is one figure for all: PCIe to the host, about 16 GB/s a chip one way
+([assumed], "How to Scale Your Model"), which offloaded activations travel over.
 """
 
 from __future__ import annotations

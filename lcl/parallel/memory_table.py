@@ -22,10 +22,6 @@ from typing import Any
 
 import numpy as np
 
-# Where the loss stops gathering the head whole, and what it then gathers at once: see
-# lcl/objectives/cross_entropy.py.
-WHOLE_HEAD_BYTES = 256 * 2**20
-HEAD_CHUNK_BYTES = 64 * 2**20
 _BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -109,6 +105,8 @@ def memory_table(
     batch_shape: tuple[int, int],
     kept: Iterable[str] | None,
     offloaded: Iterable[str] = (),
+    whole_head_bytes: int,
+    head_chunk_bytes: int,
     loss_chunk: int = 512,
     accumulate: int = 1,
 ) -> MemoryTable:
@@ -121,6 +119,8 @@ def memory_table(
         batch_shape: (B, T) of the global batch.
         kept: tags that the remat policy keeps on the device; None: no remat.
         offloaded: tags that wait in host memory.
+        whole_head_bytes: a float32 head above this is gathered in chunks of its vocabulary.
+        head_chunk_bytes: and this is the most of such a chunk.
         loss_chunk: tokens of a device whose logits are alive at once.
         accumulate: pieces that the batch's rows are worked on in turn.
 
@@ -153,8 +153,8 @@ def memory_table(
     split = math.prod(mesh_shape[axis] for axis in ("fsdp", "context"))
     head = config.embed_dim * config.vocab_size // tensor
     hidden = tokens * config.embed_dim * (2 * width + 4)  # hidden, and its gradient in float32
-    if split > 1 and head * 4 > WHOLE_HEAD_BYTES:  # chunk by chunk of the vocabulary as well
-        columns = HEAD_CHUNK_BYTES // (4 * config.embed_dim)
+    if split > 1 and head * 4 > whole_head_bytes:  # chunk by chunk of the vocabulary as well
+        columns = head_chunk_bytes // (4 * config.embed_dim)
         loss = columns * config.embed_dim * (2 * width + 4)
     else:
         columns = config.vocab_size // tensor

@@ -21,13 +21,14 @@ attention's reading of its own keys.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lcl.parallel import chips, flops
 from lcl.parallel.chips import Chip
 from lcl.parallel.collectives import Collective
 
+RESOURCES = ("compute", "HBM", "ICI", "DCN", "PCIe")
 _LAYER_MATMULS = ("query_proj", "key_proj", "value_proj", "out_proj", "mlp_gate", "mlp_up")
 
 
@@ -113,10 +114,7 @@ def hbm_bytes(
         num_passes: passes over the weights: 2, or 3 with remat.
     """
     return (
-        2 * state_bytes
-        + 2 * parameter_bytes
-        + 2 * num_passes * layer_weight_bytes
-        + (2 * kept_bytes)
+        2 * state_bytes + 2 * parameter_bytes + 2 * num_passes * layer_weight_bytes + 2 * kept_bytes
     )
 
 
@@ -171,15 +169,37 @@ def roofline(
         "DCN": over(outside, chip.dcn_bytes_per_second),
         "PCIe": over(2 * host_bytes, chips.PCIE_BYTES_PER_SECOND),
     }
+    return bounded(
+        seconds,
+        ici_one_link_s=over(inside, link),
+        chip=chip,
+        num_devices=num_devices,
+        tokens=tokens,
+        model_flops=model_flops,
+    )
+
+
+def bounded(
+    seconds: Mapping[str, float],
+    *,
+    ici_one_link_s: float,
+    chip: Chip,
+    num_devices: int,
+    tokens: int,
+    model_flops: float,
+) -> Roofline:
+    """What follows from the seconds of each resource: the slowest of them bounds the step.
+
+    Args:
+        seconds: of each of RESOURCES.
+        ici_one_link_s: of the ICI, with one link a chip.
+        chip, num_devices, tokens, model_flops: as for `roofline`.
+    """
     bound = max(seconds, key=lambda name: seconds[name])
     step_s = seconds[bound]
     return Roofline(
-        compute_s=seconds["compute"],
-        hbm_s=seconds["HBM"],
-        ici_s=seconds["ICI"],
-        dcn_s=seconds["DCN"],
-        pcie_s=seconds["PCIe"],
-        ici_one_link_s=over(inside, link),
+        **{f"{name.lower()}_s": value for name, value in seconds.items()},
+        ici_one_link_s=ici_one_link_s,
         step_s=step_s,
         bound=bound,
         mfu=model_flops / num_devices / chip.flops_per_second / step_s,

@@ -256,8 +256,9 @@ def check_model_splits(config: Any, mesh: Mesh) -> None:
     Raises:
         ValueError: names the field, its value, the degree and the degrees that fit.
     """
-    fields = [(name, ("tensor",)) for name in ("num_heads", "num_kv_heads", "mlp_dim")]
-    for name, axes in [*fields, ("vocab_size", ("tensor",)), ("embed_dim", axes_of("embed"))]:
+    over_tensor = ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size")
+    fields = [(name, ("tensor",)) for name in over_tensor]
+    for name, axes in [*fields, ("embed_dim", axes_of("embed"))]:
         size, degree = getattr(config, name), int(np.prod([mesh.shape[axis] for axis in axes]))
         if size % degree:
             # An axis of size 1 is not part of the trouble; naming it would only mislead.

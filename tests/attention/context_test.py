@@ -10,7 +10,8 @@ import pytest
 
 from lcl.attention import Mask, attend, layouts
 from lcl.attention.all_gather import as_laid_out, in_row_order
-from lcl.attention.ring import Ring, merge
+from lcl.attention.context_plan import ContextPlan
+from lcl.attention.ring import merge
 from lcl.attention.ring_cases import ring_cases
 from tests.attention import context_matrix
 
@@ -67,7 +68,7 @@ def test_joined_parts_are_the_whole_and_nothing_is_nothing():
 @pytest.mark.parametrize("layout", layouts.LAYOUTS)
 @pytest.mark.parametrize("context", [1, 2, 4])
 def test_rows_go_back_into_their_order(layout, context):
-    plan = Ring(context=context, mask=Mask(), layout=layout)
+    plan = ContextPlan(context=context, mask=Mask(), layout=layout)
     row = jnp.arange(2 * 24 * 3).reshape(2, 24, 3)
     laid_out = row[:, layouts.permutation(layout, 24, context)]
     np.testing.assert_array_equal(in_row_order(laid_out, plan), row)

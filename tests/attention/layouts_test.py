@@ -7,6 +7,11 @@ import pytest
 
 from lcl.attention import layouts
 from lcl.attention.rows import Relation
+from lcl.parallel.mesh import CONTEXT_LAYOUTS
+
+
+def test_the_mesh_knows_the_same_layouts():
+    assert set(CONTEXT_LAYOUTS) == set(layouts.LAYOUTS)  # neither room may import the other
 
 
 @pytest.mark.parametrize("layout", layouts.LAYOUTS)

@@ -11,6 +11,8 @@ Read from the optimised program's text, because nothing else tells:
   report says so.
 - A collective in flight is written several times (start, done, and on a TPU once more in each
   fusion that it overlaps): it counts once.
+- Between slices there is no such instruction: a `send` to the host, from which the data-centre
+  network takes it on, says what it is part of (`_xla_megascale_transfer_type`).
 - On a TPU a reduce-scatter is written as an all-reduce and a slice inside one fusion; it is counted
   as what it is.
 
@@ -40,6 +42,7 @@ _OPCODE = re.compile(r" ([a-z][\w\-]*)\(")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_MEGASCALE = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _ATTRIBUTE = r"\b{}=%?([\w.\-]+)"
 
 
@@ -260,6 +263,13 @@ def find_collectives(
                 where = visit.op or line.name
                 remarks.append(f"a loop's count could not be read ({where}): counted once")
             continue
+        if line.opcode == "send" and (between := _MEGASCALE.search(line.rest)):
+            kind = between[1].lower().replace("_", "-")
+            if kind in KINDS:
+                found.append(_between_slices(visit, kind, mesh_shape, num_slices))
+            else:
+                remarks.append(f"a transfer between slices of unknown kind {between[1]}: left out")
+            continue
         kind = line.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
@@ -303,6 +313,27 @@ def _read(visit: Visit, kind: str, mesh_shape: Mapping[str, int], num_slices: in
         times=visit.times,
         axes=axes_of(groups, mesh_shape),
         group_size=size,
+        op=visit.op,
+    )
+
+
+def _between_slices(
+    visit: Visit, kind: str, mesh_shape: Mapping[str, int], num_slices: int
+) -> Collective:
+    """A transfer over the data-centre network, which the mesh's first axis spans."""
+    part = array_bytes(visit.line.result)[0]  # beside a context and a token
+    num_bytes = part * num_slices if kind == "all-gather" else part
+    sent = num_bytes * (num_slices - 1) / num_slices * (2 if kind == "all-reduce" else 1)
+    if kind == "collective-permute":
+        sent = num_bytes
+    return Collective(
+        kind=kind,
+        num_bytes=num_bytes,
+        sent_bytes=sent,
+        dcn_bytes=sent,
+        times=visit.times,
+        axes=next(iter(mesh_shape)),
+        group_size=num_slices,
         op=visit.op,
     )
 

@@ -133,3 +133,33 @@ def test_notations_of_groups(text, groups):
 def test_axes():
     groups = parse_groups("replica_groups=[2,4]<=[2,2,2]T(1,0,2)", 8)
     assert axes_of(groups, MESH) == "data+context"
+
+
+BETWEEN = """\
+HloModule step
+
+ENTRY %main (g: f32[64,128]) -> f32[64,128] {
+  %g = f32[64,128] parameter(0)
+  %token = token[] after-all()
+  %send = (f32[64,128], u32[], token[]) send(%g, %token), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="KIND"}
+  %recv = (f32[64,128], u32[], token[]) recv(%token), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="KIND"}
+  ROOT %done = f32[64,128] copy(%g)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "kind, factor", [("ALL_REDUCE", 1.0), ("REDUCE_SCATTER", 0.5), ("ALL_GATHER", 1.0)]
+)
+def test_what_passes_between_slices_is_a_send_to_the_host(kind, factor):
+    found, remarks = find_collectives(BETWEEN.replace("KIND", kind), MESH, num_slices=2)
+    (one,) = found  # sent once and received once
+    assert (one.kind, one.axes, one.group_size) == (kind.lower().replace("_", "-"), "data", 2)
+    assert one.sent_bytes == one.dcn_bytes == factor * 64 * 128 * 4
+    assert not remarks
+
+
+def test_an_unknown_transfer_between_slices_is_told():
+    found, remarks = find_collectives(BETWEEN.replace("KIND", "TELEPATHY"), MESH, num_slices=2)
+    assert not found
+    assert remarks == ["a transfer between slices of unknown kind TELEPATHY: left out"]

@@ -124,18 +124,20 @@ class MeshConfig:
             ('data', 'fsdp', 'context', 'tensor')
         """
         import jax
+        from jax.experimental import mesh_utils
         from jax.sharding import AxisType, Mesh
 
         devices = list(jax.devices() if devices is None else devices)
         sizes = self.sizes(len(devices))
         shape = tuple(sizes[axis] for axis in AXES)
-        # make_mesh's own default is Explicit since jax 0.9; flax's logical constraints need Auto.
+        # The default is Explicit since jax 0.9; flax's logical constraints need Auto.
         types = (AxisType.Auto,) * len(AXES)
         num_slices = len({slice_of(device) for device in devices})
         if num_slices == 1:
-            return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
-        from jax.experimental import mesh_utils
-
+            # `jax.make_mesh` gives up where an axis is no product of whole torus dimensions, such
+            # as 2 x 64 on 4 x 4 x 8; splitting one is what is left then, and only then done.
+            grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+            return Mesh(grid, AXES, axis_types=types)
         if sizes["data"] % num_slices:
             raise ValueError(
                 f"mesh data {sizes['data']} cannot span {num_slices} slices, and no other axis may "

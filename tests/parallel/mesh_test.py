@@ -58,6 +58,25 @@ def test_data_spans_the_slices_and_nothing_else_does():
         MeshConfig(data=1, fsdp=8).build(devices)
 
 
+class TorusDevice(Device):
+    """A chip of a v5p slice, which has a place."""
+
+    device_kind, platform, core_on_chip = "TPU v5", "tpu", 0
+
+    def __init__(self, number: int, coords: tuple[int, int, int]) -> None:
+        super().__init__(number, 0)
+        self.coords = coords
+
+
+def test_an_axis_may_take_part_of_a_torus_dimension():
+    """2 x 64 on 4 x 4 x 8: 64 is no product of whole dimensions."""
+    places = [(x, y, z) for z in range(8) for y in range(4) for x in range(4)]
+    devices = [TorusDevice(number, place) for number, place in enumerate(places)]
+    grid = MeshConfig(fsdp=2, context=64).build(devices).devices
+    assert grid.shape == (1, 2, 64, 1)
+    assert {device.id for device in grid.flat} == set(range(128))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

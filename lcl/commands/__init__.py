@@ -1,0 +1,5 @@
+"""The commands of `lcl`, a file a group; see README.md in this folder. Only lcl.main uses them."""
+
+from lcl.commands import data, pods, reports, training
+
+__all__ = ["data", "pods", "reports", "training"]

@@ -1,0 +1,40 @@
+"""What the commands have in common: their form, and the settings of a process that uses JAX."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+
+# The whole configuration of a run as gin text, in its directory.
+CONFIG_FILE = "config.gin"
+# (name, function, one line of help) -> the parser to which the command's own words are added.
+AddCommand = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
+
+
+def prepare_jax() -> None:
+    """Process-wide settings of JAX, made here and nowhere in the library."""
+    import jax
+
+    from lcl.parallel import host_device_environment, initialize_distributed
+    from lcl.parallel.host_devices import without_accelerator
+
+    if "JAX_PLATFORMS" not in os.environ and without_accelerator():
+        jax.config.update("jax_platforms", "cpu")  # libtpu would look for a TPU, and take its time
+    os.environ.update(host_device_environment())  # read when the backend starts
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "lcl", "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    initialize_distributed()
+
+
+def pairs(option: str, values: Sequence[str]) -> dict[str, str]:
+    """`NAME=PATH` options as a dictionary."""
+    pairs = {}
+    for value in values:
+        name, equals, path = value.partition("=")
+        if not (name and equals and path):
+            raise ValueError(f"{option} {value!r} should be NAME=PATH")
+        pairs[name] = path
+    return pairs

@@ -1,8 +1,17 @@
-"""Evaluation: held-out loss by domain, and the loss matrix with what is read off it."""
+"""Evaluation: held-out loss by domain, the loss matrix, the stability gap."""
 
 from __future__ import annotations
 
 from lcl.evals.heldout import EvalBatches, HeldOut, evaluate, summarise
 from lcl.evals.loss_matrix import LossMatrix
+from lcl.evals.stability_gap import Gap, StabilityGap
 
-__all__ = ["EvalBatches", "HeldOut", "LossMatrix", "evaluate", "summarise"]
+__all__ = [
+    "EvalBatches",
+    "Gap",
+    "HeldOut",
+    "LossMatrix",
+    "StabilityGap",
+    "evaluate",
+    "summarise",
+]

@@ -17,15 +17,22 @@ is the last stage. The numbers below are losses, so **down is good**:
     retained_j         R[T, j]                                  lower is better
     BWT                mean over h_j < T: R[T, j] - R[h_j, j]   positive = forgetting
     FWT                mean over f_j > 1: R[f_j - 1, j]-R[0, j] negative = earlier stages helped
+    intransigence_j    R[h_j, j] - joint_j                      positive = all at once learns better
+    average_i          mean over f_j <= i: R[i, j]              lower is better
+    average_increm.    mean over i of average_i                 lower is better
+    Transfer           mean over j: mean over 1 <= i < f_j:     lower is better (ZSCL: before its
+                         R[i, j]                                  first training, zero-shot)
+    Avg                mean over j and i >= 1: R[i, j]          lower is better (ZSCL)
+    Last               mean over j: R[T, j]                     lower is better (ZSCL; = retained)
     =================  =======================================  ==================================
 
 h_j is the *home stage* of domain j, the cell marked `*`: the stage in which j had its largest share
 of the new tokens (the last of them where several tie). f_j is the first stage that trained j at
 all. With one domain a stage this is the textbook diagonal, h_j = f_j = j (Lopez-Paz & Ranzato 2017
-for BWT and FWT; Chaudhry et al. 2018 for forgetting, with the sign turned because these are
-losses). With mixtures, where every stage may hold a little of everything, "the last stage that
-trained j" would be the last stage for all of them and nothing could be forgotten; the largest share
-still finds the diagonal.
+for BWT and FWT; Chaudhry et al. 2018 for forgetting and intransigence, their signs turned as these
+are losses; Zheng et al. 2023, arXiv:2303.06628, for ZSCL's three). With mixtures, where every stage
+may hold a little of everything, "the last stage that trained j" would be the last stage for all of
+them and nothing could be forgotten; the largest share still finds the diagonal.
 
 Two traps that other codes fall into: a minimum that includes i = T can never show an improvement,
 so it is excluded; and "best minus final" of a *loss* has the wrong sign. Forgetting is defined from
@@ -119,6 +126,7 @@ class LossMatrix:
         *,
         domains: Sequence[str] | None = None,
         unit: str = "nats_per_token",
+        kind: str = "stage_end",
     ) -> LossMatrix:
         """The matrix of an evals.jsonl: its "start" line and the "stage_end" lines so far.
 
@@ -128,18 +136,32 @@ class LossMatrix:
                 job) ends the matrix before it.
             domains: columns; None = every domain that occurs, in the order of their training.
             unit: "nats_per_token" or "bits_per_byte".
+            kind: "stage_end", the run's own parameters at the stages' ends; or "branch", those of
+                the annealed copy that ended where the stage does (`HeldOut.branches`). A stage
+                without such a branch has a row of NaN.
 
         Returns:
             A LossMatrix of as many stages as have ended. Cells that no line gives are NaN.
         """
         if unit not in UNITS:
             raise ValueError(f"unit {unit!r} is not one of {', '.join(UNITS)}")
+        if kind not in ("stage_end", "branch"):
+            raise ValueError(f"kind {kind!r} has no row a stage; use 'stage_end' or 'branch'")
         rows: dict[int, Mapping[str, Any]] = {}
+        ends: dict[int, Any] = {}
         for line in evals:
             if line.get("kind") == "start":
                 rows.setdefault(0, line.get("domains") or {})
             elif line.get("kind") == "stage_end":
                 rows[int(line["stage_index"]) + 1] = line.get("domains") or {}
+                ends[int(line["stage_index"]) + 1] = line.get("step")
+        if kind == "branch":
+            rows |= dict.fromkeys(ends, {})
+            for line in evals:
+                if line.get("kind") == "branch":
+                    row = int(line["stage_index"]) + 1
+                    if row in ends and line.get("step") == ends[row]:
+                        rows[row] = line.get("domains") or {}
         num_ended = 0
         while num_ended < len(stages) and num_ended + 1 in rows:
             num_ended += 1
@@ -152,7 +174,7 @@ class LossMatrix:
                 values[i, j] = np.nan if value is None else value
         # A trained domain outside the evaluated ones has no column, and so no place in the matrix.
         known = [
-            {d: w for d, w in _as_mapping(t).items() if d in set(domains)}
+            {d: w for d, w in as_mapping(t).items() if d in set(domains)}
             for t in trained[:num_ended]
         ]
         return cls(values, domains, list(stages)[:num_ended], known, unit=UNITS[unit])
@@ -249,6 +271,70 @@ class LossMatrix:
         keep = [v for d, v in self.retained.items() if d not in never]
         return _mean(keep or self.retained.values())
 
+    @property
+    def average(self) -> list[float | None]:
+        """A_i for i = 1..T: the mean loss, after stage i, of the domains trained up to it."""
+        return [
+            _mean(
+                _value(self._r(i, j))
+                for j, first in enumerate(self._first)
+                if first is not None and first <= i
+            )
+            for i in range(1, self.num_stages + 1)
+        ]
+
+    @property
+    def average_incremental(self) -> float | None:
+        """The mean of `average` over the stages; None before the first has ended."""
+        return _mean(self.average)
+
+    @property
+    def zscl(self) -> dict[str, float | None]:
+        """ZSCL's {"transfer", "avg", "last"} of the trained domains, as losses: lower is better.
+
+        "transfer" is None while no domain was first trained after stage 1.
+        """
+        before, every, last = [], [], []
+        for j, first in enumerate(self._first):
+            if first is not None:
+                before.append(_mean(_value(self._r(i, j)) for i in range(1, first)))
+                every.append(_mean(_value(self._r(i, j)) for i in range(1, self.num_stages + 1)))
+                last.append(_value(self._r(self.num_stages, j)))
+        return {"transfer": _mean(before), "avg": _mean(every), "last": _mean(last)}
+
+    def intransigence(self, joint: LossMatrix | Mapping[str, float]) -> dict[str, float | None]:
+        """R[h_j, j] - joint_j: what learning in turn costs against learning all at once.
+
+        Args:
+            joint: the final losses of a run on all data from scratch, {domain: loss} or its matrix,
+                in this matrix's unit.
+
+        Returns:
+            {domain: difference}; positive = the joint run learned it better. None: never trained,
+            or the joint run did not measure it.
+
+        Raises:
+            ValueError: a matrix in another unit.
+
+        >>> m = LossMatrix([[5, 5], [2, 4], [3, 1]], ["en", "fr"], ["a", "b"], ["en", "fr"])
+        >>> m.intransigence({"en": 1.5, "fr": 1.25})
+        {'en': 0.5, 'fr': -0.25}
+        """
+        if isinstance(joint, LossMatrix):
+            if joint.unit != self.unit:
+                raise ValueError(
+                    f"the joint run's losses are in {joint.unit}, these in {self.unit}; "
+                    "read both in one unit"
+                )
+            joint = {d: v for d, v in joint.retained.items() if v is not None}
+        known = {d: float(v) for d, v in joint.items()}
+        return {
+            domain: None if value is None or domain not in known else value - known[domain]
+            for domain, value in self._each(
+                lambda j, h: None if h is None else self._r(h, j)
+            ).items()
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values (not measured = None)."""
         return {
@@ -266,6 +352,9 @@ class LossMatrix:
             "mean_learned": self.mean_learned,
             "mean_forgetting": self.mean_forgetting,
             "mean_retained": self.mean_retained,
+            "average": self.average,
+            "average_incremental": self.average_incremental,
+            "zscl": self.zscl,
         }
 
     def table(self, *, signs: bool = True) -> str:
@@ -366,7 +455,8 @@ def _first_stage(weights_T: np.ndarray) -> int | None:
     return int(trained[0]) + 1 if trained.size else None
 
 
-def _as_mapping(trained: Any) -> Mapping[str, float]:
+def as_mapping(trained: Any) -> Mapping[str, float]:
+    """What a stage trained as {domain: weight}: a name or several have equal weights."""
     if isinstance(trained, Mapping):
         return trained
     if isinstance(trained, str):
@@ -381,7 +471,7 @@ def _weights(trained: Any, domains: tuple[str, ...], stages: tuple[str, ...]) ->
     else:
         weights = np.zeros((len(trained), len(domains)))
         for i, one in enumerate(trained):
-            for name, weight in _as_mapping(one).items():
+            for name, weight in as_mapping(one).items():
                 if name not in domains:
                     raise ValueError(
                         f"stage {i + 1} trained domain {name!r}, which is not evaluated; "
@@ -404,7 +494,7 @@ def _column_order(names: set[str], trained: Sequence[Any]) -> list[str]:
     order = [
         d
         for one in trained
-        for d in sorted(_as_mapping(one), key=lambda d: (-_as_mapping(one)[d], d))
+        for d in sorted(as_mapping(one), key=lambda d: (-as_mapping(one)[d], d))
     ]
     seen = [d for d in dict.fromkeys(order) if d in names]
     return seen + sorted(names - set(seen))

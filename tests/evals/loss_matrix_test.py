@@ -244,5 +244,55 @@ def test_lines_of_the_table_align_for_long_names():
     assert len({len(r) for r in (rows[0], *rows[2:6])}) == 1
 
 
+def test_averages_and_zscl_by_hand():
+    m = hand()
+    assert m.average == [2.0, (3.0 + 1.0) / 2, pytest.approx((2.5 + 1.75 + 4.0) / 3)]
+    assert m.average_incremental == pytest.approx((2.0 + 2.0 + 2.75) / 3)
+    # Above the diagonal: code after stage 1; fr after stages 1 and 2.
+    transfer = (5.0 + (6.0 + 6.5) / 2) / 2
+    every = (2.0 + 3.0 + 2.5 + 5.0 + 1.0 + 1.75 + 6.0 + 6.5 + 4.0) / 9
+    assert m.zscl == pytest.approx({"transfer": transfer, "avg": every, "last": 2.75})
+    one = LossMatrix([[5.0], [2.0]], ["en"], ["s"], ["en"])
+    assert one.zscl == {"transfer": None, "avg": 2.0, "last": 2.0}
+    assert one.average_incremental == 2.0
+    none = LossMatrix([[5.0]], ["en"], [], [])
+    assert none.average_incremental is None and none.average == []
+    wide = [[*row, 9.0] for row in HAND]  # a domain that is only watched is in no average
+    assert hand(values=wide, domains=[*DOMAINS, "de"]).zscl == m.zscl
+
+
+def test_intransigence_is_positive_where_the_joint_run_is_better():
+    joint = LossMatrix([[5, 6, 7], [1.5, 1.25, 4.0]], DOMAINS, ["all"], [DOMAINS])
+    want = {"en": 0.5, "code": -0.25, "fr": 0.0}
+    assert hand().intransigence(joint) == want == hand().intransigence(joint.retained)
+    assert hand().intransigence({"en": 1.0}) == {"en": 1.0, "code": None, "fr": None}
+    bits = LossMatrix([[5.0], [2.0]], ["en"], ["s"], ["en"], unit="bits/byte")
+    with pytest.raises(ValueError, match="joint run's losses are in bits/byte, these in nats"):
+        hand().intransigence(bits)
+
+
+def test_branches_have_a_matrix_of_their_own():
+    lines = [
+        eval_line("start", 0, {"en": 5.0, "fr": 6.0}, 0),
+        eval_line("stage_end", 0, {"en": 2.0, "fr": 5.0}, 10),
+        eval_line("branch", 0, {"en": 1.5, "fr": 4.5}, 10),
+        eval_line("branch", 1, {"en": 9.0, "fr": 9.0}, 15),  # ended within the stage
+        eval_line("branch", 1, {"en": 2.25, "fr": 0.5}, 20),
+        eval_line("stage_end", 1, {"en": 3.0, "fr": 1.0}, 20),
+        eval_line("branch", 2, {"en": 8.0, "fr": 8.0}, 30),  # of a stage that has not ended
+    ]
+    stages, trained = ["a", "b", "c"], [{"en": 1.0}, {"fr": 1.0}, {"en": 1.0}]
+    m = LossMatrix.from_evals(lines, stages, trained, kind="branch")
+    np.testing.assert_array_equal(m.values, [[5.0, 6.0], [1.5, 4.5], [2.25, 0.5]])
+    assert m.forgetting["en"] == 0.75
+    trunk = LossMatrix.from_evals(lines, stages, trained)
+    np.testing.assert_array_equal(trunk.values, [[5.0, 6.0], [2.0, 5.0], [3.0, 1.0]])
+    some = [line for line in lines if (line["kind"], line["stage_index"]) != ("branch", 0)]
+    m = LossMatrix.from_evals(some, stages, trained, kind="branch")
+    assert np.isnan(m.values[1]).all() and m.retained == {"en": 2.25, "fr": 0.5}
+    with pytest.raises(ValueError, match="kind 'interval' has no row a stage"):
+        LossMatrix.from_evals(lines, stages, trained, kind="interval")
+
+
 def test_docstring_examples_are_true():
     assert doctest.testmod(lcl.evals.loss_matrix).failed == 0

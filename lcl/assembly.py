@@ -27,7 +27,7 @@ from lcl.describe import describe
 from lcl.evals import HeldOut
 from lcl.evals.heldout import EvalBatches
 from lcl.models import DecoderConfig, num_parameters
-from lcl.optim import AdamW
+from lcl.optim import Optimizer
 from lcl.parallel import MeshConfig, flops, rules
 from lcl.parallel import mesh as mesh_lib
 from lcl.policies import Guard
@@ -73,7 +73,7 @@ class Assembly:
     model: DecoderConfig
     data: Data
     objective: Objective
-    optimizer: AdamW
+    optimizer: Optimizer
     mesh: jax.sharding.Mesh
     stream: Stream
     spans: tuple[Span, ...]
@@ -140,33 +140,46 @@ class Assembly:
 
         def entered(state: TrainState) -> TrainState:
             params, opt_state = stages_lib.enter(
-                span.stage, state.params, state.opt_state, self.chain
+                span.stage, state.params, state.opt_state, self.optimizer, self.chain
             )
             return dataclasses.replace(state, params=params, opt_state=opt_state)
 
         return self._transform(("enter", span.index), entered, state)
 
     def exit(self, span: Span, state: TrainState) -> TrainState:
-        """What the stage's `on_exit` makes of the parameters."""
-        on_exit = span.stage.on_exit
-        if on_exit is None:
+        """What the optimizer's end of a stage and the stage's `on_exit` make of the state."""
+        if span.stage.on_exit is None and not self.optimizer.changes_at_stage_end:
             return state
-        return self._transform(
-            ("exit", span.index),
-            lambda state: dataclasses.replace(state, params=on_exit(state.params)),
-            state,
-        )
+
+        def left(state: TrainState) -> TrainState:
+            params, opt_state = stages_lib.leave(
+                span.stage, state.params, state.opt_state, self.optimizer
+            )
+            return dataclasses.replace(state, params=params, opt_state=opt_state)
+
+        return self._transform(("exit", span.stage.on_exit), left, state)
 
     def skip_step(self, state: TrainState) -> TrainState:
         """A step that is left out: the clocks go on, nothing is learned."""
 
         def skipped(state: TrainState) -> TrainState:
-            opt_state = state.opt_state.copy()
-            clock = opt_state["lr"]
-            opt_state["lr"] = clock._replace(count=clock.count + 1)
+            opt_state = self.optimizer.skipped(state.opt_state)
             return dataclasses.replace(state, step=state.step + 1, opt_state=opt_state)
 
         return self._transform(("skip",), skipped, state)
+
+    def eval_params(self, state: TrainState) -> Any:
+        """The parameters that evaluations judge: the trained ones, or what the optimizer says."""
+        if not self.optimizer.changes_eval_params:
+            return state.params
+        key = ("eval params",)
+        if key not in self._transforms:
+            self._transforms[key] = jax.jit(
+                lambda state: self.optimizer.eval_params(state.params, state.opt_state),
+                out_shardings=shardings(self.abstract_state.params),
+            )
+        with on_mesh(self.mesh):
+            return self._transforms[key](state)
 
     def _transform(
         self, key: Any, function: Callable[[TrainState], TrainState], state: TrainState
@@ -317,7 +330,7 @@ def assemble(
     model: DecoderConfig,
     data: Data,
     stages: Sequence[Stage],
-    optimizer: AdamW,
+    optimizer: Optimizer,
     objective: Objective,
     mesh: MeshConfig,
     evaluation: HeldOut,

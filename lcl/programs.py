@@ -30,7 +30,7 @@ import optax
 from lcl.attention import check_attention
 from lcl.data import Batch
 from lcl.models import Decoder, DecoderConfig
-from lcl.optim import AdamW
+from lcl.optim import Optimizer
 from lcl.parallel import rules
 from lcl.step import Objective, TrainState, make_eval_step, make_train_step
 
@@ -87,7 +87,7 @@ def shardings(tree: Any) -> Any:
 def jit_train_step(
     model: DecoderConfig,
     objective: Objective,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     chain: optax.GradientTransformation,
     state: TrainState,
     num_sources: int,
@@ -114,7 +114,7 @@ def jit_eval_step(model: DecoderConfig, objective: Objective, num_sources: int) 
 def abstract_step(
     model: DecoderConfig,
     objective: Objective,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     mesh: jax.sharding.Mesh,
     batch_shape: Sequence[int],
     *,
@@ -142,7 +142,7 @@ def abstract_step(
 
     Example:
       >>> from lcl.objectives import NextToken
-      >>> from lcl.optim import constant
+      >>> from lcl.optim import AdamW, constant
       >>> from lcl.parallel import MeshConfig
       >>> model = DecoderConfig(384, num_layers=2, embed_dim=64, mlp_dim=192, num_heads=4)
       >>> mesh = MeshConfig().build(jax.devices()[:1])

@@ -10,8 +10,8 @@ Four words that are often one word, and four different things here:
 What happens at a border, in this order (`lcl.train` holds to it, so that a run killed anywhere
 goes on exactly):
 
-    ... last step | on_exit | evaluate | save | on_enter, moments, clock | first step ...
-                             a checkpoint at a border holds the state *between* two stages
+    ... last step | method, on_exit | evaluate | save | on_enter, moments, clock | first step ...
+                              a checkpoint at a border holds the state *between* two stages
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ import optax
 
 from lcl.data import StageData
 from lcl.models.rope import Rope
-from lcl.optim import carry_over
+from lcl.optim import Optimizer
 
-__all__ = ["Span", "Stage", "changes_state", "enter", "timeline"]
+__all__ = ["Span", "Stage", "changes_state", "enter", "leave", "timeline"]
 
 Transform = Callable[[Any], Any]
 
@@ -127,7 +127,11 @@ def timeline(stages: Sequence[Stage]) -> tuple[Span, ...]:
 
 
 def enter(
-    stage: Stage, params: Any, opt_state: Any, chain: optax.GradientTransformation
+    stage: Stage,
+    params: Any,
+    opt_state: Any,
+    optimizer: Optimizer,
+    chain: optax.GradientTransformation,
 ) -> tuple[Any, Any]:
     """Parameters and optimizer state with which `stage` starts; pure, and jitted by the loop.
 
@@ -135,19 +139,42 @@ def enter(
       stage: the stage that is about to begin.
       params: parameters at the end of the stage before (or the initial ones).
       opt_state: optimizer state at the end of the stage before.
-      chain: the run's optimizer.
+      optimizer: the run's; says what its state becomes.
+      chain: `optimizer.build()`.
 
     Returns:
       (params, opt_state) of the same structure.
     """
     if stage.on_enter is not None:
         params = stage.on_enter(params)
-    opt_state = carry_over(
+        opt_state = optimizer.moved(params, opt_state)
+    opt_state = optimizer.carry_over(
         opt_state,
         chain.init(params),
         keep_moments=stage.moments == "keep",
         keep_clock=stage.clock == "continue",
     )
+    return params, opt_state
+
+
+def leave(stage: Stage, params: Any, opt_state: Any, optimizer: Optimizer) -> tuple[Any, Any]:
+    """Parameters and optimizer state as `stage` leaves them; pure, and jitted by the loop.
+
+    The optimizer's own end of a stage (Reptile's last step towards its slow weights, say) comes
+    before `on_exit`: what a stage hands on is what the method says that it has learned.
+
+    Args:
+      stage: the stage that has just had its last update.
+      params, opt_state: after that update.
+      optimizer: the run's.
+
+    Returns:
+      (params, opt_state) of the same structure.
+    """
+    params, opt_state = optimizer.at_stage_end(params, opt_state)
+    if stage.on_exit is not None:
+        params = stage.on_exit(params)
+        opt_state = optimizer.moved(params, opt_state)
     return params, opt_state
 
 

@@ -11,7 +11,7 @@ import optax
 
 from lcl.data import Batch
 from lcl.models import Decoder
-from lcl.optim import AdamW
+from lcl.optim import Optimizer
 
 Metrics = Mapping[str, jax.Array]
 
@@ -48,7 +48,7 @@ class TrainState:
 def make_train_step(
     model: Decoder,
     objective: Objective,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     chain: optax.GradientTransformation,
     num_sources: int,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:

@@ -32,7 +32,7 @@ from lcl.data import Batch, Data
 from lcl.evals import HeldOut
 from lcl.evals.heldout import evaluate as evaluate_heldout
 from lcl.models import DecoderConfig
-from lcl.optim import AdamW
+from lcl.optim import Optimizer
 from lcl.parallel import MeshConfig
 from lcl.policies import Guard, Logging, NonFiniteError, leave_out, read_left_out
 from lcl.preemption import Preemption
@@ -54,7 +54,7 @@ def train(
     model: DecoderConfig,
     data: Data,
     stages: Sequence[Stage],
-    optimizer: AdamW,
+    optimizer: Optimizer,
     objective: Objective,
     mesh: MeshConfig,
     checkpoint: CheckpointPolicy,
@@ -257,7 +257,8 @@ class _Loop:
             return eval_step(params, batch)
 
         try:
-            domains = evaluate_heldout(unless_stopped, state.params, self.heldout)
+            params = self.run.eval_params(state)
+            domains = evaluate_heldout(unless_stopped, params, self.heldout)
         except InterruptedError:
             return
         kind = "stage_end" if ended else "start" if step == 0 else "interval"
@@ -308,4 +309,5 @@ def evaluate(*, step: int | None = None, **settings: Any) -> tuple[int, dict[str
     where = run.span_ending_at(restored.step) or run.span_at(restored.step)
     assert where is not None
     batches = run.heldout_batches(evaluation)
-    return restored.step, evaluate_heldout(run.eval_step(where), restored.state.params, batches)
+    params = run.eval_params(restored.state)
+    return restored.step, evaluate_heldout(run.eval_step(where), params, batches)

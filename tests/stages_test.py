@@ -44,7 +44,8 @@ def test_bad_stages_are_refused_in_one_line(build, named):
 
 
 def test_entering_applies_the_transform_and_the_policy():
-    chain = AdamW(schedule=constant(rate=0.1)).build()
+    optimizer = AdamW(schedule=constant(rate=0.1))
+    chain = optimizer.build()
     params = {"kernel": jnp.ones(3)}
     state = chain.init(params)
     for _ in range(5):
@@ -57,7 +58,7 @@ def test_entering_applies_the_transform_and_the_policy():
         on_enter=lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree),
     )
     assert stages.changes_state(stage) and not stages.changes_state(Stage("a", DATA, steps=1))
-    after, opt_state = stages.enter(stage, params, state, chain)
+    after, opt_state = stages.enter(stage, params, state, optimizer, chain)
     assert after["kernel"].tolist() == [2.0, 2.0, 2.0]
     assert not opt_state["adam"].mu["kernel"].any() and int(opt_state["adam"].count) == 0
     assert int(opt_state["lr"].count) == 5, "the clock goes on unless the stage says otherwise"

@@ -1,6 +1,8 @@
 """Optimizers: Optax chains and schedules, one file a method. See README.md in this folder."""
 
-from lcl.optim.adamw import AdamW, carry_over, decay_mask
+from lcl.optim.adamw import AdamW, decay_mask
+from lcl.optim.optimizer import Optimizer
+from lcl.optim.schedule import Schedule
 from lcl.optim.schedules import (
     constant,
     cosine,
@@ -13,7 +15,8 @@ from lcl.optim.schedules import (
 
 __all__ = [
     "AdamW",
-    "carry_over",
+    "Optimizer",
+    "Schedule",
     "constant",
     "cosine",
     "decay_mask",

@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import optax
 
-from lcl.optim.schedules import Schedule
+from lcl.optim.optimizer import Optimizer
+from lcl.optim.schedule import Schedule, anneal, constant_phase
 
 # The first pattern found in a parameter's path decides whether it decays. Everything a matrix
 # product uses does; gains and biases set a scale that decay would fight.
@@ -25,7 +26,7 @@ DECAY_RULES: tuple[tuple[str, bool], ...] = (
 
 
 @dataclasses.dataclass(frozen=True)
-class AdamW:
+class AdamW(Optimizer):
     """AdamW with gradient clipping and one learning-rate schedule.
 
         update = -lr(clock) * (m_hat / (sqrt(v_hat) + eps) + weight_decay * parameter)
@@ -90,6 +91,34 @@ class AdamW:
         """The rate that the next update will use: float32 scalar, traced or not."""
         return jax.numpy.asarray(self.schedule(opt_state["lr"].count), jax.numpy.float32)
 
+    def carry_over(
+        self, opt_state: Any, fresh_state: Any, *, keep_moments: bool, keep_clock: bool
+    ) -> Any:
+        """See `Optimizer`: the moments go with their bias-correction count, the clock alone."""
+        kept = opt_state.copy()
+        if not keep_moments:
+            kept["adam"] = fresh_state["adam"]
+        if not keep_clock:
+            kept["lr"] = fresh_state["lr"]
+        return kept
+
+    def skipped(self, opt_state: Any) -> Any:
+        """See `Optimizer`: the moments stay as they are."""
+        clock = opt_state["lr"]
+        return opt_state | {"lr": clock._replace(count=clock.count + 1)}
+
+    def annealed(self, anneal_steps: int) -> AdamW:
+        """See `Optimizer`."""
+        return dataclasses.replace(self, schedule=anneal(self.schedule, anneal_steps))
+
+    def constant_from(self) -> int:
+        """See `Optimizer`."""
+        return constant_phase(self.schedule)[0]
+
+    def constant_until(self) -> int | None:
+        """See `Optimizer`."""
+        return constant_phase(self.schedule)[1]
+
 
 def decay_mask(params: Any, rules: Sequence[tuple[str, bool]] = DECAY_RULES) -> Any:
     """Which parameters decay, as a tree of bools shaped like `params`.
@@ -117,23 +146,3 @@ def decay_mask(params: Any, rules: Sequence[tuple[str, bool]] = DECAY_RULES) -> 
         )
 
     return jax.tree_util.tree_map_with_path(decides, params)
-
-
-def carry_over(opt_state: Any, fresh_state: Any, *, keep_moments: bool, keep_clock: bool) -> Any:
-    """The optimizer state with which a new stage starts.
-
-    Args:
-      opt_state: the state at the end of the stage before.
-      fresh_state: `chain.init(params)`, of the same structure.
-      keep_moments: False takes the moments (and their bias-correction count) from `fresh_state`.
-      keep_clock: False starts the learning-rate schedule at zero again.
-
-    Returns:
-      A state of the same structure.
-    """
-    kept = opt_state.copy()
-    if not keep_moments:
-        kept["adam"] = fresh_state["adam"]
-    if not keep_clock:
-        kept["lr"] = fresh_state["lr"]
-    return kept

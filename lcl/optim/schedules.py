@@ -7,63 +7,20 @@ the stage's business (`lcl.stages.Stage.clock`), not the schedule's.
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-Curve = Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]
-
-
-class Schedule:
-    """A curve, step -> learning rate, that prints as the call that made it.
-
-    The run card holds this text, so that two runs with different rates can be told apart.
-
-    >>> constant(rate=0.5)
-    constant(rate=0.5, warmup_steps=0)
-    """
-
-    def __init__(self, curve: Curve, text: str) -> None:
-        """Wraps `curve`; `text` is what `repr` gives."""
-        self._curve = curve
-        self._text = text
-
-    def __call__(self, step: jax.typing.ArrayLike) -> jax.Array:
-        """The learning rate at `step` (an int or an integer array): float32 of the same shape."""
-        return jnp.asarray(self._curve(step), jnp.float32)
-
-    def __repr__(self) -> str:
-        return self._text
-
-
-def _schedule(build: Callable[..., Curve]) -> Callable[..., Schedule]:
-    """Lets `build` return a `Schedule` that remembers its settings, defaults included."""
-
-    @functools.wraps(build)
-    def wrapped(**settings: Any) -> Schedule:
-        bound = inspect.signature(build).bind(**settings)
-        bound.apply_defaults()
-        text = ", ".join(f"{name}={value!r}" for name, value in bound.arguments.items())
-        return Schedule(build(**settings), f"{build.__name__}({text})")
-
-    # What the configuration's type check reads: a call of it gives a Schedule.
-    wrapped.__annotations__ = build.__annotations__ | {"return": Schedule}
-    signature = inspect.signature(build).replace(return_annotation=Schedule)
-    wrapped.__signature__ = signature  # type: ignore[attr-defined]
-    return wrapped
-
+from lcl.optim.schedule import Curve, Phased, schedule_of
 
 # How the infinite schedule goes from its peak to its constant phase; x in [0, 1] is the progress.
 # The names are what the curves are; the paper's released code calls the linear one "constant".
 _INVERSE_SQRT_TIMESCALE = 10.0
 
 
-@_schedule
+@schedule_of
 def infinite(
     *,
     peak: float,
@@ -74,7 +31,7 @@ def infinite(
     anneal_start: int | None = None,
     anneal_steps: int | None = None,
     cooldown: str = "cosine",
-) -> Curve:
+) -> Phased:
     r"""The infinite schedule: warm-up, cool-down, constant for as long as one likes, anneal.
 
         peak      /\
@@ -145,10 +102,15 @@ def infinite(
             )
         )
         knees.append(anneal_start)
-    return optax.join_schedules(pieces, knees)
+    return Phased(
+        optax.join_schedules(pieces, knees),
+        constant_from=settled,
+        constant_until=anneal_start,
+        fall=lambda x: _DECAYS["exponential"](constant, final, x),
+    )
 
 
-@_schedule
+@schedule_of
 def cosine(*, peak: float, final: float, warmup_steps: int, total_steps: int) -> Curve:
     """Linear warm-up to `peak`, then half a cosine down to `final` at `total_steps`, then `final`.
 
@@ -176,7 +138,7 @@ def cosine(*, peak: float, final: float, warmup_steps: int, total_steps: int) ->
     )
 
 
-@_schedule
+@schedule_of
 def repeated_cosine(*, peak: float, final: float, warmup_steps: int, cycle_steps: int) -> Curve:
     r"""Warm up, decay along half a cosine, and again from the start, every `cycle_steps`, for ever.
 
@@ -219,7 +181,7 @@ def repeated_cosine(*, peak: float, final: float, warmup_steps: int, cycle_steps
     return lambda step: cycle(jnp.asarray(step) % cycle_steps)
 
 
-@_schedule
+@schedule_of
 def inverse_sqrt(*, peak: float, warmup_steps: int, timescale: int | None = None) -> Curve:
     """Linear warm-up to `peak`, then peak * sqrt(timescale / (timescale + n - warmup_steps)).
 
@@ -258,7 +220,7 @@ def inverse_sqrt(*, peak: float, warmup_steps: int, timescale: int | None = None
     )
 
 
-@_schedule
+@schedule_of
 def wsd(
     *,
     peak: float,
@@ -267,7 +229,7 @@ def wsd(
     decay_start: int | None = None,
     decay_steps: int | None = None,
     decay: str = "exponential",
-) -> Curve:
+) -> Phased:
     r"""Warm-up, stable, decay: `peak` for as long as one likes, then down to `final`.
 
         peak      .-----------------.
@@ -294,10 +256,16 @@ def wsd(
     [0.0, 0.5, 1.0, 1.0, 0.1, 0.01, 0.01]
     """
     ends = () if decay_start is None else (decay_start + (decay_steps or 0),)
-    return _wsd("wsd", peak, final, warmup_steps, ends, decay_steps, decay, resume=False)
+    curve = _wsd("wsd", peak, final, warmup_steps, ends, decay_steps, decay, resume=False)
+    return Phased(
+        curve,
+        constant_from=warmup_steps,
+        constant_until=decay_start,
+        fall=lambda x: _DECAYS[decay](peak, final, x),
+    )
 
 
-@_schedule
+@schedule_of
 def wsd_s(
     *,
     peak: float,
@@ -395,9 +363,11 @@ def _wsd(
     return curve
 
 
-@_schedule
-def constant(*, rate: float, warmup_steps: int = 0) -> Curve:
+@schedule_of
+def constant(*, rate: float, warmup_steps: int = 0) -> Phased:
     """Linear warm-up to `rate`, then `rate` for ever: the lower-learning-rate control.
+
+    It has no floor of its own, so a branch anneals linearly to zero (`Schedule.anneal`).
 
     >>> schedule = constant(rate=2.0, warmup_steps=4)
     >>> [float(schedule(n)) for n in (0, 1, 4, 100)]
@@ -405,11 +375,11 @@ def constant(*, rate: float, warmup_steps: int = 0) -> Curve:
     """
     _check_rates(rate=rate)
     _check_counts(warmup_steps=warmup_steps)
-    if not warmup_steps:
-        return _constant(rate)
-    return optax.join_schedules(
-        [optax.linear_schedule(0.0, rate, warmup_steps), _constant(rate)], [warmup_steps]
-    )
+    curve = _constant(rate)
+    if warmup_steps:
+        rise = optax.linear_schedule(0.0, rate, warmup_steps)
+        curve = optax.join_schedules([rise, curve], [warmup_steps])
+    return Phased(curve, warmup_steps, None, fall=lambda x: rate * (1.0 - x))
 
 
 def _cooldown(peak: float, floor: float, steps: int, shape: str) -> Curve:

@@ -155,7 +155,7 @@ def trained(
     assembly = assemble(**{name: settings[name] for name in (*names, "guard")})
     with Checkpointer(run_dir, settings["checkpoint"], read_only=True) as checkpoints:
         restored = checkpoints.restore(assembly.abstract_state)
-    return assembly, restored.state.params, restored.step
+    return assembly, assembly.eval_params(restored.state), restored.step
 
 
 def measure(assembly: Assembly, params: Any, probe: Probe) -> dict[str, float]:

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from lcl.optim import AdamW, carry_over, constant, decay_mask, infinite
+from lcl.optim import AdamW, constant, decay_mask, infinite
 
 PARAMS = {
     "embedding": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3),
@@ -56,10 +56,11 @@ def test_an_unmatched_parameter_is_an_error():
 @pytest.mark.parametrize("keep_moments", [True, False])
 @pytest.mark.parametrize("keep_clock", [True, False])
 def test_a_stage_keeps_or_resets_each_part(keep_moments, keep_clock):
-    chain = AdamW(schedule=constant(rate=0.1)).build()
+    optimizer = AdamW(schedule=constant(rate=0.1))
+    chain = optimizer.build()
     params, state = trajectory(chain, 4)
     fresh = chain.init(params)
-    after = carry_over(state, fresh, keep_moments=keep_moments, keep_clock=keep_clock)
+    after = optimizer.carry_over(state, fresh, keep_moments=keep_moments, keep_clock=keep_clock)
     assert jax.tree.structure(after) == jax.tree.structure(state)
     assert int(after["lr"].count) == (4 if keep_clock else 0)
     assert int(after["adam"].count) == (4 if keep_moments else 0)

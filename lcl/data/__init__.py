@@ -51,8 +51,10 @@ _HOMES = {
     "eval_batches": "batch",
     "load_tokenizer": "tokenizers",
     "pack": "packing",
+    "read_scores": "scores",
     "shuffle": "ordering",
     "traverse": "ordering",
+    "write_scores": "scores",
 }
 
 __all__ = sorted(_HOMES)

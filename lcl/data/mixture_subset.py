@@ -15,6 +15,7 @@ epochs, ledger and replay work on it as on the whole.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -24,6 +25,7 @@ import numpy as np
 from lcl.data.mixture import AnyMixture, BoundMixture
 from lcl.data.ordering import named_key, shuffle_with_key
 from lcl.data.packing import Layout
+from lcl.data.scores import PREFIX, read_scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +41,14 @@ class Subset(AnyMixture):
         epochs: how often the stage reads each row of the part (the last few rows once less, if it
             does not come out even): the part is as large as that makes it.
         tokens: or how large the part is; then the stage reads it as often as it comes to.
-        by: how documents are ranked: "seed", a shuffle by the run's seed, or the name of a number
-            which the corpus recorded for each document (`Store.extra`): a quality, a perplexity.
+        by: how documents are ranked: "seed", a shuffle by the run's seed; the name of a number that
+            the corpus recorded for each document (`Store.extra`), such as a quality; or
+            "scores:NAME", a number that was found out later (`lcl.data.scores`), such as the loss
+            of a reference model (`lcl score`).
         best: "high" or "low": which end of the ranking is taken first, ties by document number.
+        share: at most this share of the documents, by rank, may be in the part: 0.5 with best="low"
+            and a perplexity is the better half. Alone it is the part; `tokens` beside it is a
+            cap, which a short share does not reach.
 
     Example:
         >>> from lcl.data.mixture import Mixture
@@ -56,6 +63,7 @@ class Subset(AnyMixture):
     tokens: int | None = None
     by: str = "seed"
     best: str = "high"
+    share: float | None = None
 
     def __post_init__(self) -> None:
         if self.domain not in self.mixture.domains:
@@ -65,11 +73,14 @@ class Subset(AnyMixture):
             )
         if self.domain in self.mixture.subsets:
             raise ValueError(f"two subsets of {self.domain!r} are one in the other; use one")
-        if (self.epochs is None) == (self.tokens is None):
+        sizes = (self.epochs is not None) + (self.tokens is not None)
+        if sizes == 2 or (sizes == 0 and self.share is None):
             raise ValueError(
                 f"subset of {self.domain!r} has epochs={self.epochs} and tokens={self.tokens}; "
                 "give one of the two"
             )
+        if self.share is not None and not 0 < self.share <= 1:
+            raise ValueError(f"subset share is {self.share}; give more than 0 and at most 1")
         for name in ("epochs", "tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -107,7 +118,8 @@ class Subset(AnyMixture):
 
     def _part(self) -> dict[str, Any]:
         size = {"epochs": self.epochs} if self.tokens is None else {"tokens": self.tokens}
-        return {**size, "by": self.by, "best": self.best}
+        share = {} if self.share is None else {"share": self.share}
+        return {**size, "by": self.by, "best": self.best, **share}
 
     # ---- what the planner asks -------------------------------------------------------------------
 
@@ -118,7 +130,14 @@ class Subset(AnyMixture):
     def name(self, count: int) -> tuple[Any, ...]:
         """What decides the part, for the name of its plan."""
         size = ("tokens", self.tokens) if self.epochs is None else ("rows", self.rows_of(count))
-        return ("subset", *size, self.by, self.best)
+        share = () if self.share is None else (self.share,)
+        return ("subset", *size, self.by, self.best, *share)
+
+    def ranked_by(self, store: Any) -> tuple[str, ...]:
+        """What else decides the part: the fingerprint of the scores, which may be made anew."""
+        if not self.by.startswith(PREFIX):
+            return ()
+        return (read_scores(store, self.by.removeprefix(PREFIX)).fingerprint,)
 
     def lengths(
         self, store: Any, lengths: np.ndarray, *, seed: int, row_length: int, count: int
@@ -134,22 +153,28 @@ class Subset(AnyMixture):
 
         Returns:
             int64[N]: the lengths, with 0 for the documents that are left out. The part is the first
-            documents by rank that have the tokens together: the last of them goes over.
+            documents by rank that have the tokens together: the last of them goes over. With a
+            share, none behind it.
 
         Raises:
             ValueError: the domain has fewer tokens; the scores do not fit or are not numbers.
         """
-        rows, total = self.rows_of(count), int(lengths.sum())
+        rows, rank = self.rows_of(count), self._ranking(store, len(lengths), seed)
+        if self.share is not None:
+            rank = rank[: math.ceil(self.share * len(rank))]
+        total = int(lengths[rank].sum())
         needed = self.tokens if rows is None else rows * row_length
+        if self.share is not None and rows is None:
+            needed = total if needed is None else min(needed, total)
         assert needed is not None
         if total < needed:
             epochs = -(-count // max(1, total // row_length))
+            has = "domain has" if self.share is None else f"best {self.share:.4g} of it has"
             raise ValueError(
-                f"subset of {self.domain!r} needs {needed:,} tokens, but the domain has {total:,}; "
+                f"subset of {self.domain!r} needs {needed:,} tokens, but the {has} {total:,}; "
                 + (f"give tokens={total} or less" if rows is None else f"give epochs={epochs}")
-                + ", or prepare more documents"
+                + (", or prepare more documents" if self.share is None else ", or a larger share")
             )
-        rank = self._ranking(store, len(lengths), seed)
         last = int(np.searchsorted(np.cumsum(lengths[rank]), needed))
         inside = np.zeros_like(lengths)
         inside[rank[: last + 1]] = lengths[rank[: last + 1]]
@@ -160,7 +185,11 @@ class Subset(AnyMixture):
             key = named_key("subset", seed, self.domain, bits=128)
             rank = shuffle_with_key(num_documents, key)
             return rank if self.best == "high" else rank[::-1]
-        score = np.asarray(store.extra(self.by), np.float64)
+        if self.by.startswith(PREFIX):
+            found = read_scores(store, self.by.removeprefix(PREFIX)).values
+        else:
+            found = store.extra(self.by)
+        score = np.asarray(found, np.float64)
         if len(score) != num_documents or not np.isfinite(score).all():
             raise ValueError(
                 f"{self.by!r} of {self.domain!r} is not a finite number for every document; "

@@ -219,7 +219,7 @@ class Planner:
         """The plan of a domain's store, or of a part of it, of which a stage takes `count` rows."""
         name, part = self._plan_name(domain, data), data.mixture.subsets.get(domain)
         if part is not None:
-            name += part.name(count)
+            name += (*part.name(count), *part.ranked_by(self._stores[domain]))
 
         def build() -> Layout:
             order, length = self._order(domain, data), data.content_length
@@ -256,7 +256,9 @@ class Planner:
     def _bucket_name(self, domain: str, data: StageData, log2: int) -> tuple[Any, ...]:
         name = self._bucket_kind(domain, data, log2)
         part = data.mixture.subsets.get(domain)
-        return name if part is None else (*name, *part.name(0))
+        if part is None:
+            return name
+        return (*name, *part.name(0), *part.ranked_by(self._stores[domain]))
 
     def _decomposed(self, domain: str, data: StageData) -> DecompositionLayout:
         """A domain's whole store in buckets."""

@@ -28,7 +28,8 @@ from __future__ import annotations
 import bisect
 import difflib
 import os
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -86,6 +87,7 @@ class Stream:
             batches at every step that both streams have: the length of the last stage is left out,
             so that a run may be prolonged (but not where something follows the stage's length: a
             curriculum, a growing window).
+        scores: {"medicine scores:reference": fingerprint} of what its subsets rank by.
     """
 
     def __init__(
@@ -94,10 +96,12 @@ class Stream:
         plans: Sequence[Plan],
         stages: Sequence[PlannedStage],
         name: str,
+        scores: Mapping[str, str] = types.MappingProxyType({}),
     ):
         """Use `build_stream`."""
         self.domains = tuple(domains)
         self.fingerprint = name
+        self.scores = dict(scores)
         self.stage_names = tuple(stage.name for stage in stages)
         self.stage_starts = tuple(stage.start for stage in stages)
         self.num_steps = stages[-1].start + stages[-1].num_steps
@@ -408,15 +412,35 @@ def build_stream(
     settings = [[data.settings(), steps] for _, data, steps in stages]
     if not stages[-1][1].depends_on_length:
         settings[-1][1] = 0  # the last stage's length decides no batch
+    scores = _scores_fingerprints(stores, [data for _, data, _ in stages])
+    prints = {domain: store.fingerprint for domain, store in stores.items()}
     stream_name = fingerprint(
         "stream",
         _VERSION,
         seed,
         list(names),
-        {domain: store.fingerprint for domain, store in stores.items()},
+        prints | scores,
         settings,
     )
-    return Stream(names, planner.plans, built, stream_name)
+    return Stream(names, planner.plans, built, stream_name, scores)
+
+
+def _scores_fingerprints(stores: Mapping[str, Any], stages: Sequence[StageData]) -> dict[str, str]:
+    """What decides the batches beside stores and settings: the scores that subsets rank by.
+
+    Args:
+        stores: domain -> its train store.
+        stages: what the stages read.
+
+    Returns:
+        {"medicine scores:reference": fingerprint of the scores}; empty where no stage ranks by any.
+    """
+    found = {}
+    for stage in stages:
+        for domain, part in stage.mixture.subsets.items():
+            for scores in part.ranked_by(stores[domain]):
+                found[f"{domain} {part.by}"] = scores
+    return found
 
 
 def _num_transitions(store: Any) -> int:

@@ -75,6 +75,23 @@ def test_the_part_is_the_head_of_the_ranking(lengths, data):
         assert inside.tolist() == want.tolist()
 
 
+def test_a_share_of_the_documents_and_a_cap_of_tokens():
+    score, lengths = np.array([5.0, 1.0, 4.0, 2.0, 3.0]), np.array([10, 20, 30, 40, 50])
+
+    def chosen(**kwargs):
+        part = subset(by="score", best="low", **kwargs)
+        inside = part.lengths(Scored(score), lengths, seed=0, row_length=8, count=5)
+        assert (inside[inside > 0] == lengths[inside > 0]).all()
+        return np.flatnonzero(inside).tolist()
+
+    assert chosen(share=0.4) == [1, 3]  # two of five documents: scores 1 and 2
+    assert chosen(share=0.5) == [1, 3, 4]  # two and a half, and half a document is one
+    assert chosen(share=1.0) == [0, 1, 2, 3, 4]
+    assert chosen(share=0.6, tokens=60) == [1, 3]  # the cap comes first
+    assert chosen(share=0.4, tokens=100) == [1, 3]  # the share does
+    assert chosen(share=0.4, epochs=1) == [1, 3]  # 5 rows of 8: 20 + 40 tokens do
+
+
 def test_cut_leaves_the_fullest_rows_and_no_other():
     layout = pack(np.array([5, 16, 6, 8]), 8)  # the rows that are not full come first
     part = subset(epochs=2)
@@ -128,6 +145,8 @@ def test_names_and_settings_tell_apart_what_differs():
         subset(tokens=2),
         subset(tokens=2, by="score"),
         subset(tokens=2, by="score", best="low"),
+        subset(tokens=2, by="score", best="low", share=0.5),
+        subset(by="score", best="low", share=0.5),
     ]
     for tell in (lambda part: repr(part.settings()), lambda part: repr(part.name(12))):
         assert len({tell(part) for part in parts}) == len(parts)
@@ -141,6 +160,14 @@ def test_names_and_settings_tell_apart_what_differs():
         (lambda: subset(), "epochs=None and tokens=None; give one of the two"),
         (lambda: subset(epochs=1, tokens=1), "epochs=1 and tokens=1; give one"),
         (lambda: subset(epochs=0), "subset epochs is 0; give at least 1"),
+        (lambda: subset(share=0.0), "subset share is 0.0; give more than 0 and at most 1"),
+        (lambda: subset(epochs=1, tokens=1, share=0.5), "epochs=1 and tokens=1; give one"),
+        (
+            lambda: subset(epochs=1, share=0.5).lengths(
+                None, np.array([9, 9]), seed=0, row_length=8, count=2
+            ),
+            "needs 16 tokens, but the best 0.5 of it has 9; give epochs=2, or a larger share",
+        ),
         (lambda: subset(tokens=5, best="good"), "best is 'good'; use 'high' or 'low'"),
         (
             lambda: subset(tokens=50).lengths(

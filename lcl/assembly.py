@@ -16,18 +16,20 @@ from typing import Any
 
 import grain
 import jax
+import jax.numpy as jnp
 import optax
 
-from lcl import files
+from lcl import cards
 from lcl import stages as stages_lib
 from lcl.attention import layouts
 from lcl.checkpoints import run_card
-from lcl.data import Batch, Data, Mixture, Stream, build_stream
+from lcl.data import Batch, Data, Stream, build_stream
 from lcl.describe import describe
 from lcl.evals import HeldOut
 from lcl.evals.heldout import EvalBatches
 from lcl.models import DecoderConfig, num_parameters
-from lcl.optim import Optimizer
+from lcl.objectives import Accumulate, NextToken
+from lcl.optim import AdamW, Optimizer
 from lcl.parallel import MeshConfig, flops, rules
 from lcl.parallel import mesh as mesh_lib
 from lcl.policies import Guard
@@ -50,12 +52,8 @@ __all__ = ["Assembly", "assemble", "named_key"]
 
 # A model may pad its vocabulary up to this multiple of the tokenizer's, so that it splits evenly.
 VOCABULARY_PADDING = 256
-# The whole configuration as gin text, beside the run card.
-CONFIG_FILE = "config.gin"
 # Batches that the host prepares ahead of the device.
 PREFETCH = 4
-# Fields of DecoderConfig that change how it is computed, and no result beyond rounding.
-_HOW = ("attention_blocks", "context_layout", "remat", "scan_layers")
 # Programs compiled at the same time; one uses two cores, and more than the cores hinder each other.
 COMPILE_AT_ONCE = max(1, min(4, (os.cpu_count() or 1) // 2))
 
@@ -84,6 +82,8 @@ class Assembly:
     peak_flops: float | None
     flop_convention: str
     compiler: Compiler
+    branch_steps: tuple[int, ...] = ()  # where an annealed copy leaves (`HeldOut.branches`)
+    purpose: str = "train"  # names its compiled steps; a branch's are others than its trunk's
     _transforms: dict[Any, Any] = dataclasses.field(default_factory=dict)
     _run_dir: pathlib.Path | None = None
     _config_text: str | None = None
@@ -168,6 +168,19 @@ class Assembly:
 
         return self._transform(("skip",), skipped, state)
 
+    def fork(self, state: TrainState) -> TrainState:
+        """A copy of a trunk's state for a branch: its clock at zero; `state` itself is kept."""
+
+        def forked(state: TrainState) -> TrainState:
+            # Without the copy, a jitted function hands the trunk's own buffers on, and they die.
+            state = jax.tree.map(jnp.copy, state)
+            opt_state = self.optimizer.carry_over(
+                state.opt_state, self.chain.init(state.params), keep_moments=True, keep_clock=False
+            )
+            return dataclasses.replace(state, opt_state=opt_state)
+
+        return self._transform(("fork",), forked, state, donate=False)
+
     def eval_params(self, state: TrainState) -> Any:
         """The parameters that evaluations judge: the trained ones, or what the optimizer says."""
         if not self.optimizer.changes_eval_params:
@@ -182,11 +195,18 @@ class Assembly:
             return self._transforms[key](state)
 
     def _transform(
-        self, key: Any, function: Callable[[TrainState], TrainState], state: TrainState
+        self,
+        key: Any,
+        function: Callable[[TrainState], TrainState],
+        state: TrainState,
+        *,
+        donate: bool = True,
     ) -> TrainState:
         if key not in self._transforms:
             self._transforms[key] = jax.jit(
-                function, donate_argnums=0, out_shardings=shardings(self.abstract_state)
+                function,
+                donate_argnums=(0,) if donate else (),
+                out_shardings=shardings(self.abstract_state),
             )
         with on_mesh(self.mesh):
             return self._transforms[key](state)
@@ -211,24 +231,27 @@ class Assembly:
         return run if len(shapes) > 1 else program_of[shapes[0]]
 
     def _train_program(self, span: Span, shape: tuple[int, int]) -> Any:
-        model = self._model(span)
+        model = self.model_of(span)
         jitted = jit_train_step(
             model, self.objective, self.optimizer, self.chain, self.abstract_state, self.num_sources
         )
         example = (self.abstract_state, abstract_batch(model, self.mesh, shape))
-        name = f"train step {shape[0]} x {shape[1]}"
+        name = f"{self.purpose} step {shape[0]} x {shape[1]}"
         return self.compiler.compile(name, model, jitted, example)
 
-    def eval_step(self, span: Span) -> Callable[[Any, Batch], Metrics]:
-        """The compiled held-out forward under a stage's model."""
-        model = self._model(span)
-        jitted = jit_eval_step(model, self.objective, self.num_sources)
+    def eval_step(
+        self, span: Span, num_sources: int | None = None
+    ) -> Callable[[Any, Batch], Metrics]:
+        """The compiled held-out forward under a stage's model; None: the run's own sources."""
+        model, sources = self.model_of(span), num_sources or self.num_sources
+        jitted = jit_eval_step(model, self.objective, sources)
 
         def run(params: Any, batch: Batch) -> Metrics:
             shape = batch.tokens.shape
             example = (self.abstract_state.params, abstract_batch(model, self.mesh, shape))
             name = f"evaluation {shape[0]} x {shape[1]}"
-            return self.compiler.compile(name, model, jitted, example)(params, batch)
+            key = (model, sources)
+            return self.compiler.compile(name, key, jitted, example)(params, batch)
 
         return run
 
@@ -236,7 +259,8 @@ class Assembly:
         """Starts compiling a stage's steps in threads of their own; `train_step` waits for them."""
         threading.Thread(target=self.train_step, args=(span,), daemon=True).start()
 
-    def _model(self, span: Span) -> DecoderConfig:
+    def model_of(self, span: Span) -> DecoderConfig:
+        """The decoder of a stage, as it runs on the mesh."""
         if span.stage.rope is None:
             return self.model
         return dataclasses.replace(self.model, rope=span.stage.rope)
@@ -279,23 +303,18 @@ class Assembly:
     def claim(self, run_dir: pathlib.Path, config_text: str | None, *, allow_changes: bool) -> None:
         """Writes the run card, or refuses a directory that holds a run of another configuration."""
         self._run_dir, self._config_text = run_dir, config_text
-        new = self._card(step=0)
-        old = run_card.read_card(run_dir)
-        if old is not None:
-            grown = _without_appended_stages(new["identity"], old["identity"])
-            run_card.check_card(old["identity"], grown, allow_changes=allow_changes)
+        cards.check(run_dir, self.identity, allow_changes=allow_changes)
         if jax.process_index() == 0:
-            run_card.write_card(run_dir, new)
-            if config_text is not None:
-                files.write_whole(run_dir / CONFIG_FILE, config_text.encode())
+            cards.write(run_dir, self.card(step=0))
 
     def update_card(self, step: int) -> None:
         """Writes the run card again, with the token ledger and the compilations so far."""
         assert self._run_dir is not None
         if jax.process_index() == 0:
-            run_card.write_card(self._run_dir, self._card(step))
+            run_card.write_card(self._run_dir, self.card(step))
 
-    def _card(self, step: int) -> dict[str, Any]:
+    def card(self, step: int) -> dict[str, Any]:
+        """What the run is, and what it has read after `step` updates."""
         domains = self.stream.domains
         return {
             "identity": dict(self.identity),
@@ -307,14 +326,14 @@ class Assembly:
             "domains": list(domains),
             "data": {d: self.data.open(d, "train").fingerprint for d in domains},
             "stages": [
-                _stage_card(span, self.stream, self.flops_per_token[span.index])
+                cards.stage_card(span, self.stream, self.flops_per_token[span.index])
                 for span in self.spans
             ],
             "num_parameters": num_parameters(self.model),
             "flops": {
                 "convention": self.flop_convention,
                 "per_token": {
-                    self.spans[i].stage.name: _mean_flops(by_shape, self.stream, i)
+                    self.spans[i].stage.name: cards.mean_flops(by_shape, self.stream, i)
                     for i, by_shape in self.flops_per_token.items()
                 },
             },
@@ -365,21 +384,38 @@ def assemble(
     _check_length(model, "the evaluation", evaluation.sequence_length)
     for domain in stream.domains:
         _check_vocabulary(model, data, domain)
+    branch_steps: tuple[int, ...] = ()
+    if evaluation.branches is not None:
+        branch_steps = evaluation.branches.begin(
+            stages_lib.clocks(spans),
+            constant_from=optimizer.constant_from(),
+            constant_until=optimizer.constant_until(),
+        )
     chain = optimizer.build()
     peak = flops.chip_peak_flops(device_mesh.devices.flat[0], model.dtype)
     total = None if not peak.flops_per_second else peak.flops_per_second * device_mesh.size
+    # Accumulation changes no result, so what it sums is the objective that decides.
+    summed = objective.objective if isinstance(objective, Accumulate) else objective
     identity = describe(
         {
             "seed": seed,
             "model": own_model,
             "optimizer": optimizer,
-            "objective": getattr(objective, "objective", objective),  # of Accumulate, what it sums
+            "objective": summed,
             "evaluation": evaluation,
             "guard": guard,
             "stages": tuple(stages),
-            "data": {d: data.open(d, "train").fingerprint for d in stream.domains},
+            "data": {d: data.open(d, "train").fingerprint for d in stream.domains}
+            | stream.scores,
         }
     )
+    # Two methods may have settings of the same names; the usual ones need no word.
+    for name, method, usual in (
+        ("optimizer", optimizer, AdamW),
+        ("objective", summed, NextToken),
+    ):
+        if type(method) is not usual:
+            identity[f"{name}.kind"] = type(method).__name__
     return Assembly(
         seed=seed,
         model=model,
@@ -391,11 +427,12 @@ def assemble(
         spans=spans,
         chain=chain,
         abstract_state=abstract_state(model, chain, device_mesh),
-        identity=_what_decides(identity),
+        identity=cards.what_decides(identity),
         flops_per_token={span.index: _flops(model, stream, span) for span in spans},
         peak_flops=total,
         flop_convention=f"{flops.CONVENTION}; peak: {peak.source}",
         compiler=Compiler(device_mesh),
+        branch_steps=branch_steps,
     )
 
 
@@ -407,39 +444,6 @@ def _flops(model: DecoderConfig, stream: Stream, span: Span) -> dict[tuple[int, 
         )
         for shape, step in stream.first_steps(span.index).items()
     }
-
-
-def _mean_flops(by_shape: Mapping[tuple[int, int], float], stream: Stream, stage: int) -> float:
-    """Training FLOPs a token of a whole stage: the shapes' mean, by how many steps have each."""
-    if len(by_shape) == 1:
-        return min(by_shape.values())
-    steps = {(b["batch_rows"], b["row_length"]): b["num_steps"] for b in stream.buckets(stage)}
-    return sum(each * steps[shape] for shape, each in by_shape.items()) / sum(steps.values())
-
-
-def _stage_card(
-    span: Span, stream: Stream, by_shape: Mapping[tuple[int, int], float]
-) -> dict[str, Any]:
-    data = span.stage.data
-    replay = None
-    if data.replay is not None:
-        replay = {"fraction": data.replay.fraction, "mode": data.replay.mode}
-    constant = type(data.mixture) is Mixture
-    card = {
-        "name": span.stage.name,
-        "first_step": span.first_step,
-        "num_steps": span.end_step - span.first_step,
-        "domains": dict(data.mixture.weights) if constant else stream.shares(span.index),
-        "sequence_length": data.sequence_length,
-        "batch_shape": list(stream.shapes(span.index)[0]),
-        "replay": replay,
-    }
-    if data.decomposition is not None:
-        card["buckets"] = [
-            {**bucket, "flops_per_token": by_shape[bucket["batch_rows"], bucket["row_length"]]}
-            for bucket in stream.buckets(span.index)
-        ]
-    return card
 
 
 def _check_splits(
@@ -455,15 +459,6 @@ def _check_splits(
         check_splits(model, objective, mesh, shape, layout)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-
-
-def _what_decides(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The identity without what decides memory and time only: these may change in a run."""
-    return {
-        key: value
-        for key, value in identity.items()
-        if not key.startswith(tuple(f"model.{name}" for name in _HOW))
-    }
 
 
 def _check_length(model: DecoderConfig, what: str, sequence_length: int) -> None:
@@ -483,10 +478,3 @@ def _check_vocabulary(model: DecoderConfig, data: Data, domain: str) -> None:
             f"tokenizer has {needed} tokens; set it between {needed} and {roof}, or prepare the "
             f"corpus with another tokenizer"
         )
-
-
-def _without_appended_stages(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
-    """`new` less the stages that `old` did not have yet: a run may always be given more stages."""
-    had = sum(1 for key in old if key.startswith("stages[") and key.endswith("].name"))
-    known = tuple(f"stages[{index}]" for index in range(had))
-    return {k: v for k, v in new.items() if not k.startswith("stages[") or k.startswith(known)}

@@ -23,10 +23,11 @@ from typing import Any
 import optax
 
 from lcl.data import StageData
+from lcl.evals import StageClock
 from lcl.models.rope import Rope
 from lcl.optim import Optimizer
 
-__all__ = ["Span", "Stage", "changes_state", "enter", "leave", "timeline"]
+__all__ = ["Span", "Stage", "changes_state", "clocks", "enter", "leave", "timeline"]
 
 Transform = Callable[[Any], Any]
 
@@ -124,6 +125,22 @@ def timeline(stages: Sequence[Stage]) -> tuple[Span, ...]:
         spans.append(Span(index, stage, first, first + stage.num_steps))
         first += stage.num_steps
     return tuple(spans)
+
+
+def clocks(spans: Sequence[Span]) -> list[StageClock]:
+    """The stages as branches see them: where each lies, and where its schedule's clock was zero.
+
+    >>> from lcl.data import Mixture
+    >>> data = StageData(Mixture({"en": 1.0}), sequence_length=256, batch_size=8)
+    >>> stages = [Stage("a", data, steps=3), Stage("b", data, steps=4, clock="restart")]
+    >>> [clock.clock_zero for clock in clocks(timeline(stages))]
+    [0, 3]
+    """
+    zero, found = 0, []
+    for span in spans:
+        zero = span.first_step if span.stage.clock == "restart" else zero
+        found.append(StageClock(span.stage.name, span.first_step, span.end_step, zero))
+    return found
 
 
 def enter(

@@ -27,6 +27,7 @@ import jax
 
 from lcl import files
 from lcl.assembly import Assembly, assemble
+from lcl.branches import anneal, annealed, evaluate_branch
 from lcl.checkpoints import Checkpointer, CheckpointPolicy
 from lcl.data import Batch, Data
 from lcl.evals import HeldOut
@@ -189,6 +190,7 @@ class _Loop:
     preemption: Preemption
     heldout: Any
     left_out: frozenset[int]
+    side: Assembly | None = None  # the run on its way down, once a branch was asked for
 
     def run_from(self, step: int, state: TrainState, evaluation: HeldOut, logging: Logging) -> bool:
         """Trains from `step` on; True at the end of the run, False when a signal stopped it."""
@@ -208,10 +210,12 @@ class _Loop:
                 with self._nothing_to_save_at(step == first):
                     self._evaluate(step, state, ended, span)
             stopping = self.preemption.should_stop(step)
+            branching = step in run.branch_steps
             if step > first and (
-                ended or stopping or self.checkpoints.policy.due(step) or step == run.num_steps
+                ended or stopping or branching or self.checkpoints.policy.due(step)
             ):
-                self._save(step, state, blocking=stopping or step == run.num_steps)
+                last = step == run.num_steps
+                self._save(step, state, blocking=stopping or branching or last)
                 if ended:
                     run.update_card(step)
             if stopping or span is None:
@@ -222,6 +226,10 @@ class _Loop:
                 state = run.enter(span, state)
             if train_step is None or step == span.first_step:
                 train_step = self._compile(span)
+
+            # ---- a branch: an annealed copy is evaluated; the trunk goes on without it -------
+            if branching:
+                self._branch(step, state, span, evaluation)
 
             # ---- the step --------------------------------------------------------------------
             if step in self.left_out:
@@ -272,6 +280,35 @@ class _Loop:
             }
         )
         self.recorder.exclude(time.monotonic() - begin)
+
+    def _branch(self, step: int, state: TrainState, span: Span, evaluation: HeldOut) -> None:
+        """Held-out loss of an annealed copy, written once; a signal leaves at once (see branches).
+
+        The trunk was saved here, so a run that is killed meanwhile comes back to this very step.
+        """
+        assert evaluation.branches is not None
+        anneal_steps = evaluation.branches.anneal_steps
+        line = {
+            "step": step + anneal_steps,
+            "stage_index": span.index,
+            "stage": span.stage.name,
+            "kind": "branch",
+            "branch_from": step,
+        }
+        # Only the first process knows what is written; many processes branch again together.
+        if jax.process_count() == 1 and self.writer.has_eval(line):
+            return
+        self.recorder.drain()
+        begin = time.monotonic()
+        log.info("branch: annealing a copy over the steps %d to %d", step, line["step"])
+        with self.preemption.nothing_to_save():
+            side = self.side = self.side or annealed(self.run, anneal_steps)
+            copy = anneal(side, step, state, anneal_steps, left_out=self.left_out)
+            domains = evaluate_branch(side, span, copy, self.heldout)
+        self.writer.evals(line | {"domains": domains})
+        seconds = time.monotonic() - begin
+        self.writer.timings({"step": step, "event": "branch", "branch_seconds": round(seconds, 3)})
+        self.recorder.exclude(seconds)
 
     def _save(self, step: int, state: TrainState, *, blocking: bool) -> None:
         """Logs first, then the state: whatever a checkpoint stands on is on disk before it."""

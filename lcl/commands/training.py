@@ -22,6 +22,21 @@ def add(command: AddCommand) -> None:
     sub.add_argument(
         "--print_config", action="store_true", help="print the whole configuration and stop"
     )
+    sub.add_argument(
+        "--branch-at",
+        "--branch_at",
+        type=int,
+        default=None,
+        metavar="STEP",
+        help="anneal and evaluate a copy from this checkpoint of RUN_DIR, into its branches/",
+    )
+    sub.add_argument(
+        "--anneal_steps",
+        type=int,
+        default=None,
+        metavar="N",
+        help="length of the branch; that of the run's HeldOut.branches if absent",
+    )
 
     sub = command("evaluate", _evaluate, "Held-out loss of every domain at a run's checkpoint.")
     sub.add_argument("run_dir", metavar="RUN")
@@ -34,6 +49,10 @@ def add(command: AddCommand) -> None:
 def _train(arguments: argparse.Namespace) -> int:
     from lcl import config
 
+    if arguments.branch_at is not None:
+        return _branch(arguments)
+    if arguments.anneal_steps is not None:
+        raise ValueError("--anneal_steps is the length of a branch: give --branch-at STEP too")
     run_dir = files.place(arguments.run_dir) if arguments.run_dir else None
     gin_files = arguments.gin_files
     if not gin_files and run_dir is not None and (run_dir / CONFIG_FILE).exists():
@@ -58,17 +77,48 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluate(arguments: argparse.Namespace) -> int:
+def _branch(arguments: argparse.Namespace) -> int:
+    if arguments.run_dir is None:
+        raise ValueError("which run is to branch? give --run_dir=RUN")
+    settings = _own_settings(arguments)
+    overrides = {"run_dir": arguments.run_dir, "allow_changes": arguments.allow_changes}
+    kwargs = settings.kwargs("train", **overrides)
+    text = settings.operative_text("train", **overrides)
+    prepare_jax()
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    from lcl.branches import branch
+
+    with logging_redirect_tqdm():
+        out = branch(
+            **kwargs | {"config_text": text},
+            at=arguments.branch_at,
+            anneal_steps=arguments.anneal_steps,
+        )
+    before, after = (json.loads(line) for line in (out / "evals.jsonl").read_text().splitlines())
+    print(f"held-out loss, nats/token: at step {before['step']}, annealed at {after['step']}")
+    for domain, scores in after["domains"].items():
+        was = before["domains"][domain]["nats_per_token"]
+        print(f"  {domain:22s} {was:.4f} {scores['nats_per_token']:.4f}")
+    print(f"branch: {out}")
+    return 0
+
+
+def _own_settings(arguments: argparse.Namespace) -> Any:
+    """The configuration that lies in a run's directory, with what the command lays over it."""
     from lcl import config
 
     own = files.place(arguments.run_dir) / CONFIG_FILE
     if not own.exists():
         raise ValueError(f"{arguments.run_dir} holds no run ({CONFIG_FILE} is missing)")
+    return config.load([str(own), *arguments.gin_files], arguments.bindings)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    kwargs = _own_settings(arguments).kwargs("train", run_dir=arguments.run_dir)
     prepare_jax()
     from lcl.train import evaluate
 
-    settings = config.load([str(own), *arguments.gin_files], arguments.bindings)
-    kwargs = settings.kwargs("train", run_dir=arguments.run_dir)
     step, domains = evaluate(**kwargs, step=arguments.step)
     if arguments.json:
         print(json.dumps({"step": step, "domains": domains}, indent=2))

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lcl.evals.branches import Branches
+
 if TYPE_CHECKING:
     from lcl.data.batch import Batch
     from lcl.data.store import Data
@@ -38,6 +40,7 @@ class HeldOut:
         sequence_length: tokens a row.
         batch_size: rows a batch. Short last batches are padded, so one shape compiles once.
         domains: None = all of the run's; or names, which may include domains no stage trains.
+        branches: also evaluate annealed copies (`lcl.evals.Branches`); None = none.
     """
 
     every_steps: int | None = None
@@ -45,6 +48,7 @@ class HeldOut:
     sequence_length: int = 512
     batch_size: int = 8
     domains: Sequence[str] | None = None
+    branches: Branches | None = None
 
     def __post_init__(self) -> None:
         for name in ("rows_per_domain", "sequence_length", "batch_size"):

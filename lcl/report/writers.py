@@ -21,7 +21,9 @@ t
     written   0 1 2 3 4 | 5 6 7 8 9
 
 An evaluation at t itself may or may not have been written before the kill: `has_eval` tells, and
-writing the same (step, stage, kind) again is a no-op, so it is there exactly once either way.
+writing the same (step, stage, kind) again is a no-op, so it is there exactly once either way. A
+branch (`"kind": "branch"`) is written when the trunk leaves it behind, at its "branch_from", which
+is what counts here; its "step" is the one it was annealed to.
 
 Floats. A float32 is written as the shortest decimal that reads back to the same float32 (0.1, not
 0.10000000149011612); a Python float as its repr. JSON has no NaN and no infinity: such a value is
@@ -43,7 +45,7 @@ from lcl import files
 
 FILES = ("metrics", "evals", "timings")
 _NUMERIC = (int, float, np.integer, np.floating)
-_AXES = ("step", "stage", "stage_index", "kind", "nonfinite")
+_AXES = ("step", "stage", "stage_index", "kind", "branch_from", "event", "nonfinite")
 
 
 class WriterError(ValueError):
@@ -88,7 +90,7 @@ class MetricsWriter:
         self._mirror: files.Mirror | None = None
         self.primary = primary
         self._logs: dict[str, _Log] = {}
-        self._evals_written: set[tuple[int, Any, Any]] = set()
+        self._evals_written: set[tuple[int, Any, Any, Any]] = set()
         self._tensorboard: Any = None
         self._scalars_written: set[tuple[str, int]] = set()
         if not primary:
@@ -126,7 +128,8 @@ class MetricsWriter:
         """One evaluation: {"step", "stage_index", "stage", "kind", "domains"}; once, see above.
 
         Returns:
-            False when this (step, stage_index, kind) is already in the file: nothing is written.
+            False when this (step, stage_index, kind) is already in the file (of a branch: also its
+            "branch_from"): nothing is written.
         """
         if not self.primary:
             return True
@@ -138,13 +141,13 @@ class MetricsWriter:
         self._evals_scalars(line)
         return True
 
-    def has_eval(self, step: int, stage_index: int, kind: str) -> bool:
-        """Is that evaluation in evals.jsonl already?
+    def has_eval(self, line: Mapping[str, Any]) -> bool:
+        """Is this evaluation in evals.jsonl already? `line` is as for `evals`, without "domains".
 
         Only the first process knows. An evaluation is a joint computation, so with several
         processes run it again and let `evals` drop the second line.
         """
-        return (step, stage_index, kind) in self._evals_written
+        return _eval_key(line) in self._evals_written
 
     def timings(self, line: Mapping[str, Any]) -> None:
         """Anything the clock decides: {"step", "tokens_per_second", ...} or {"event", ...}."""
@@ -193,10 +196,11 @@ class MetricsWriter:
             raise WriterError(_explain(error, self._logs[name].path)) from error
 
     def _evals_scalars(self, line: Mapping[str, Any]) -> None:
+        group = "annealed" if line.get("kind") == "branch" else "heldout"
         step, scalars = line["step"], {}
         for domain, values in (line.get("domains") or {}).items():
             for unit in ("nats_per_token", "bits_per_byte"):
-                name, value = f"heldout/{domain}/{unit}", values.get(unit)
+                name, value = f"{group}/{domain}/{unit}", values.get(unit)
                 # A step may be both an interval and a stage's end.
                 if value is not None and (name, step) not in self._scalars_written:
                     self._scalars_written.add((name, step))
@@ -266,8 +270,18 @@ def _plain(value: Any, path: str, nonfinite: dict[str, str]) -> Any:
     return float(value) if isinstance(value, float) else float(str(value))
 
 
-def _eval_key(line: Mapping[str, Any]) -> tuple[int, Any, Any]:
-    return (int(line["step"]), line.get("stage_index"), line.get("kind"))
+def _eval_key(line: Mapping[str, Any]) -> tuple[int, Any, Any, Any]:
+    branch_from = line.get("branch_from") if line.get("kind") == "branch" else None
+    return (int(line["step"]), line.get("stage_index"), line.get("kind"), branch_from)
+
+
+def written_at(line: Mapping[str, Any]) -> int | None:
+    """The run's step at which a line is written; None for an event without one.
+
+    >>> written_at({"step": 60, "kind": "branch", "branch_from": 40}), written_at({"step": 60})
+    (40, 60)
+    """
+    return line["branch_from"] if line.get("kind") == "branch" else line.get("step")
 
 
 class _Log:
@@ -318,7 +332,7 @@ def _truncate(path: Path, keep_through: int) -> list[dict[str, Any]]:
         if line is None:
             torn = torn or number
             continue
-        step = line.get("step")
+        step = written_at(line)
         if step is not None and step > keep_through:
             continue
         if step is None and (keep_through < 0 or torn):
@@ -347,6 +361,8 @@ def parse_line(raw: bytes) -> dict[str, Any] | None:
     except ValueError:  # Both a JSONDecodeError and a UnicodeDecodeError.
         return None
     if not isinstance(line, dict) or not isinstance(line.get("step", 0), int):
+        return None
+    if line.get("kind") == "branch" and not isinstance(line.get("branch_from"), int):
         return None
     return line
 

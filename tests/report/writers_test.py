@@ -50,7 +50,7 @@ def evals_line(step: int, kind: str) -> dict:
 
 
 def evaluate(writer, step, kind):
-    if not writer.has_eval(step, 0, kind):
+    if not writer.has_eval(evals_line(step, kind)):
         writer.evals(evals_line(step, kind))
 
 
@@ -200,8 +200,33 @@ def test_the_same_evaluation_twice_is_written_once(tmp_path):
         assert writer.evals(evals_line(4, "interval")) is True
         assert writer.evals(evals_line(4, "interval")) is False
         assert writer.evals(evals_line(4, "stage_end")) is True
-        assert writer.has_eval(4, 0, "interval") and not writer.has_eval(4, 1, "interval")
+        line = {"step": 4, "stage_index": 0, "kind": "interval"}
+        assert writer.has_eval(line) and not writer.has_eval(line | {"stage_index": 1})
     assert len((tmp_path / "evals.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_branch_counts_where_it_left_the_trunk(tmp_path):
+    """Resumed between a branch's beginning and the step it was annealed to, its line stays."""
+
+    def branch(at):
+        return evals_line(at + 4, "branch") | {"branch_from": at}
+
+    with MetricsWriter(tmp_path, 0, tensorboard=False) as writer:
+        writer.evals(evals_line(2, "interval"))
+        assert writer.evals(branch(2)) and not writer.evals(branch(2))
+        writer.evals(evals_line(4, "interval"))
+        writer.evals(branch(4))
+        writer.evals(evals_line(6, "stage_end"))
+    kept = (tmp_path / "evals.jsonl").read_bytes().splitlines(keepends=True)
+    with MetricsWriter(tmp_path, 3, tensorboard=False) as writer:
+        assert writer.has_eval(branch(2)) and not writer.has_eval(branch(4))
+        assert (tmp_path / "evals.jsonl").read_bytes() == b"".join(kept[:2])
+    with MetricsWriter(tmp_path, 2, tensorboard=False) as writer:
+        assert writer.has_eval(branch(2))
+        writer.evals(evals_line(4, "interval"))
+        writer.evals(branch(4))
+        writer.evals(evals_line(6, "stage_end"))
+    assert (tmp_path / "evals.jsonl").read_bytes() == b"".join(kept)
 
 
 def test_events_without_a_step_survive_a_resume(tmp_path):

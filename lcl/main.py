@@ -1,4 +1,4 @@
-"""The command line: `lcl prepare | data | train | evaluate | report | info | probe | compile`.
+"""The command line: `lcl prepare | data | train | evaluate | score | report | info | probe | compile`.
 
 Thin; the work is elsewhere, and each command's words stand in lcl/commands. A mistake of the user's
 is one line on stderr and exit code 2. Nothing heavy is imported before a command has been
@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from lcl.commands import data, pods, reports, training
+from lcl.commands import data, pods, reports, scoring, training
 
 EPILOG = """\
 bindings:
@@ -26,10 +26,11 @@ examples:
   lcl train --gin_file=configs/runs/quickstart.gin --run_dir=runs/quickstart
   lcl report runs/quickstart runs/quickstart_replay
   lcl info runs/quickstart
+  lcl reproduce mer
 """
 
 # The files of commands, in the order of `lcl --help`.
-COMMANDS = (data, training, reports, pods)
+COMMANDS = (data, training, scoring, reports, pods)
 
 
 def run(argv: Sequence[str] | None = None) -> None:

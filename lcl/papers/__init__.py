@@ -13,8 +13,11 @@ _HOMES = {
     "Claim": "claims",
     "DatasetDecomposition": "dataset_decomposition",
     "InContextPretraining": "in_context_pretraining",
+    "Paper": "paper",
     "PaperRun": "grid",
+    "PodRun": "registry",
     "Probe": "grid",
+    "StreamMeasures": "measures",
     "TopicalCorpus": "topics",
     "reproduce": "paper",
 }

@@ -93,7 +93,8 @@ class Claim:
       better, worse: arms.
       metric: a loss, or anything else of which less is better.
       worse_metric: the metric of `worse`, where it is another one; None = `metric`.
-      published: the paper's numbers and where they stand; "" where it has none of this kind.
+      published: the paper's numbers for it; "" where it has none of this kind.
+      source: where they stand: paper, table or figure, and how we know.
     """
 
     name: str
@@ -103,15 +104,20 @@ class Claim:
     metric: str
     worse_metric: str | None = None
     published: str = ""
+    source: str = ""
 
     def difference(self, values: Values) -> list[float]:
-        """worse - better of every seed that has both; in the order of the seeds."""
+        """worse - better of every seed that has both; in the order of the seeds.
+
+        A seed in which one of the two could not be measured (no gap to recover from, a point
+        outside a fitted range) takes no part.
+        """
         better, worse = values.get(self.better, {}), values.get(self.worse, {})
         other = self.worse_metric or self.metric
         return [
             worse[seed][other] - better[seed][self.metric]
             for seed in sorted(better)
-            if seed in worse
+            if self.metric in better[seed] and other in worse.get(seed, {})
         ]
 
     def decide(self, values: Values) -> Verdict:
@@ -134,10 +140,20 @@ class Verdict(NamedTuple):
     def line(self) -> str:
         """One line of the report."""
         claim = self.claim
+        metric = claim.metric
+        if claim.worse_metric and claim.worse_metric != metric:
+            metric = f"{claim.worse_metric} - {metric}"
         return (
             f"{self.verdict:27s} {claim.name}: {claim.text} [{claim.worse} - {claim.better} = "
-            f"{self.difference}, {self.num_seeds} seeds]"
+            f"{self.difference} {metric}, {self.num_seeds} seeds]"
         )
+
+    def published_line(self) -> str | None:
+        """What the paper has for it, and where; None where it has no number of this kind."""
+        claim = self.claim
+        if not claim.published:
+            return None
+        return f"  {claim.name}: {claim.published}" + (f" [{claim.source}]" if claim.source else "")
 
     def as_dict(self) -> dict[str, object]:
         """Plain values, for results.json; an infinite interval is null."""
@@ -146,6 +162,7 @@ class Verdict(NamedTuple):
             "claim": self.claim.name,
             "text": self.claim.text,
             "published": self.claim.published,
+            "source": self.claim.source,
             "better": self.claim.better,
             "worse": self.claim.worse,
             "metric": self.claim.metric,

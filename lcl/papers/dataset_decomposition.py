@@ -1,6 +1,6 @@
 """Dataset Decomposition (2405.13226), small: rows of one document and of power-of-two lengths.
 
-    python -m lcl.papers.dataset_decomposition --seeds 3 --out runs/papers/dataset_decomposition
+    lcl reproduce dataset_decomposition
 
 A two-layer model reads the functions of Python's library, as many tokens a step in every arm:
 
@@ -22,7 +22,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,13 +31,14 @@ from lcl.data.curricula import GrowP2
 from lcl.data.decomposition import Decomposition, decompose
 from lcl.data.fingerprints import fingerprint
 from lcl.describe import describe
-from lcl.models import DecoderConfig
-from lcl.models.rope import Rope
 from lcl.optim import AdamW, cosine
-from lcl.papers import functions, paper
+from lcl.papers import code, figures, functions
 from lcl.papers.claims import Claim, Values
 from lcl.papers.cost import StepCost, mean_seconds, step_costs, steps_within
 from lcl.papers.grid import PaperRun, Probe, common_settings, write_json
+from lcl.papers.paper import Paper
+from lcl.papers.registry import PodRun
+from lcl.papers.streams import small_decoder
 from lcl.stages import Stage
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ SECONDS = ", equal seconds"
 COSTS_FILE = "step_costs.json"
 _PUBLISHED = "410M: average over tasks 2.4 points above concat-and-chunk at equal tokens"
 _PUBLISHED_TIME = "more than 6 times faster to equal accuracy (8k context)"
+_SOURCE = "2405.13226"
 
 
 def _claim(name: str, text: str, worse: str, better: str = DECOMPOSED, **more: str) -> Claim:
@@ -57,7 +58,7 @@ def _claim(name: str, text: str, worse: str, better: str = DECOMPOSED, **more: s
 
 
 @dataclasses.dataclass(frozen=True)
-class DatasetDecomposition:
+class DatasetDecomposition(Paper):
     """The experiment's sizes; the defaults are minutes on two cores.
 
     Attributes:
@@ -89,6 +90,7 @@ class DatasetDecomposition:
             "decomposition learns natural documents better than concat-and-chunk",
             CONCAT,
             published=_PUBLISHED,
+            source=_SOURCE,
         ),
         _claim("equal tokens, masked", "better than concat with document masks", MASKED),
         _claim("equal tokens, best-fit", "better than best-fit with document masks", BEST_FIT),
@@ -98,6 +100,7 @@ class DatasetDecomposition:
             CONCAT,
             DECOMPOSED + SECONDS,
             published=_PUBLISHED_TIME,
+            source=_SOURCE,
         ),
         _claim(
             "equal seconds, masked",
@@ -182,23 +185,15 @@ class DatasetDecomposition:
             batch_size=self.batch_size,
             **layouts[arm],
         )
-        model = DecoderConfig(
-            vocab_size=384,
-            num_layers=2,
-            embed_dim=64,
-            mlp_dim=192,
-            num_heads=4,
-            context_length=length,
-            rope=Rope(theta=1e4),
-            qk_norm=True,
-        )
         schedule = cosine(
             peak=self.peak,
             final=self.peak / 10,
             warmup_steps=min(20, steps // 4),
             total_steps=steps,
         )
-        return common_settings(model=model, sequence_length=length, batch_size=self.batch_size) | {
+        return common_settings(
+            model=small_decoder(length), sequence_length=length, batch_size=self.batch_size
+        ) | {
             "seed": seed,
             "data": data,
             "stages": (Stage(name="functions", data=stage, steps=steps),),
@@ -212,7 +207,7 @@ class DatasetDecomposition:
         data = functions.write(out / "data", self.limit_modules)
         settings = {arm: self.settings(arm, 0, data) for arm in ARMS}
         deciding = [describe({k: settings[a][k] for k in ("model", "stages")}) for a in ARMS]
-        key = fingerprint(deciding, self.cost_rounds)
+        key = fingerprint(deciding, self.cost_rounds, code.code_hash())
         path = out / COSTS_FILE
         if not path.exists() or json.loads(path.read_text())["key"] != key:
             measured = step_costs(settings, rounds=self.cost_rounds)
@@ -259,7 +254,7 @@ class DatasetDecomposition:
         marks = functions.position_marks(2**self.max_log2)
         panels = [("natural/all", "natural documents")]
         panels += [(f"natural/{mark}", f"positions {mark}") for mark in (marks[0], marks[-1])]
-        return paper.bars(panels, values)
+        return figures.bars(panels, values)
 
     def _probe(self, data: Data) -> Probe:
         settings: dict[str, Any] = {
@@ -276,5 +271,25 @@ class DatasetDecomposition:
         )
 
 
-if __name__ == "__main__":
-    sys.exit(paper.main(DatasetDecomposition()))
+PAPER = DatasetDecomposition()
+TINY = DatasetDecomposition(
+    steps=4,
+    batch_size=2,
+    max_log2=6,
+    cycles=1,
+    num_documents=6,
+    cost_rounds=1,
+    limit_modules=40,
+)
+POD = (
+    PodRun("decomposition", ("configs/papers/pods/dataset_decomposition.gin",)),
+    PodRun(
+        "concat",
+        ("configs/papers/pods/dataset_decomposition.gin",),
+        (
+            "StageData.decomposition=None",
+            "StageData.packing='concat'",
+            "StageData.document_mask=False",
+        ),
+    ),
+)

@@ -1,16 +1,18 @@
-"""The runs of a paper: each an ordinary call of `train`, then a probe of what it learned; cached.
+"""The runs of a paper: each an ordinary call of `train`, then what is measured on it; cached.
 
     OUT/runs/<arm>-seed<k>-<hash>/     run_card.json, metrics.jsonl, checkpoints, ...
                                        result.json    <- written last; there = finished
 
 The hash is that of everything that decides the numbers: the configuration of the run, the stores'
-fingerprints, the probe's settings and the version of its code. Another setting is another
-directory, so a stale result cannot be read; a run that was killed goes on from its checkpoint.
+fingerprints, what is measured, and the code that computes (`lcl.papers.code`). Another setting or
+another code is another directory, so a stale result cannot be read; a run that was killed goes on
+from its checkpoint.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging as logs
 import os
@@ -23,6 +25,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from lcl import files
 from lcl.assembly import Assembly, assemble
 from lcl.checkpoints import Checkpointer, CheckpointPolicy
 from lcl.data import Batch
@@ -31,6 +34,8 @@ from lcl.describe import describe
 from lcl.evals import HeldOut
 from lcl.models import Decoder, DecoderConfig
 from lcl.objectives import NextToken
+from lcl.papers import code
+from lcl.papers.measures import Measure
 from lcl.parallel import MeshConfig, rules
 from lcl.policies import Guard, Logging
 from lcl.step import make_eval_step
@@ -68,31 +73,56 @@ class PaperRun:
       arm: which row of the table.
       seed: which repetition; runs of one seed are compared with one another.
       settings: arguments of `train`, run_dir aside.
-      probe: what is measured afterwards.
+      probe: losses that are measured afterwards on batches of its own; None = none.
+      measures: what is read off the files that the run has written (`lcl.papers.measures`).
     """
 
     arm: str
     seed: int
     settings: Mapping[str, Any]
-    probe: Probe
+    probe: Probe | None = None
+    measures: Sequence[Measure] = ()
+
+    def __post_init__(self) -> None:
+        """Refuses a run of which nothing is measured."""
+        if self.probe is None and not self.measures:
+            raise ValueError(f"nothing is measured on {self.arm!r}; give a probe or measures")
 
     @property
     def name(self) -> str:
         """The run's directory."""
         return f"{self.arm.replace(' ', '_')}-seed{self.seed}-{self.hash[:10]}"
 
-    @property
+    @functools.cached_property
     def hash(self) -> str:
         """A hash of everything that decides the run's numbers."""
         deciding = {k: v for k, v in self.settings.items() if k not in (*_NO_RESULT, "data")}
+        deciding["diagnostics"] = getattr(self.settings["logging"], "diagnostics", ())
         data = self.settings["data"]
         stores = {
             f"{domain}/{split}": data.open(domain, split).fingerprint
             for domain in data.domains()
             for split in ("train", "heldout")
         }
-        probe = [self.probe.version, describe(self.probe.settings), list(self.probe.marks)]
-        return fingerprint(describe(deciding), stores, probe)
+        measured: list[Any] = [
+            [type(one).__qualname__, one.version, describe(one.settings)] for one in self.measures
+        ]
+        if self.probe is not None:
+            probe = self.probe
+            measured.append([probe.version, describe(probe.settings), list(probe.marks)])
+        lines = describe(deciding)
+        return fingerprint(lines, stores, measured, code.code_hash(), self._own_code(lines))
+
+    def _own_code(self, lines: Mapping[str, Any]) -> dict[str, str]:
+        """Code of a paper's own file that the run uses: functions among its settings, measures."""
+        modules = {type(one).__module__ for one in self.measures}
+        modules |= {
+            value.rpartition(".")[0]
+            for value in lines.values()
+            if isinstance(value, str) and value.startswith("lcl.papers.")
+        }
+        hashes = {module: code.module_hash(module) for module in modules}
+        return {module: found for module, found in hashes.items() if found is not None}
 
 
 def common_settings(
@@ -107,13 +137,20 @@ def common_settings(
         "evaluation": HeldOut(
             rows_per_domain=batch_size, sequence_length=sequence_length, batch_size=batch_size
         ),
-        "logging": Logging(every_steps=every_steps, tensorboard=False, report=False),
+        "logging": Logging(
+            every_steps=every_steps, tensorboard=False, progress=False, report=False
+        ),
         "guard": Guard(),
     }
 
 
+def is_done(run: PaperRun, out: str | os.PathLike[str]) -> bool:
+    """Whether `run_one` would only read what an earlier call has found."""
+    return (pathlib.Path(out) / "runs" / run.name / RESULT_FILE).exists()
+
+
 def run_one(run: PaperRun, out: str | os.PathLike[str]) -> dict[str, Any]:
-    """Trains and probes a run, or reads what an earlier call has found.
+    """Trains and measures a run, or reads what an earlier call has found.
 
     Args:
       run: which.
@@ -122,8 +159,8 @@ def run_one(run: PaperRun, out: str | os.PathLike[str]) -> dict[str, Any]:
     Returns:
       {"arm", "seed", "hash", "values": {metric: value}, "tokens", "steps", "cpu_seconds",
       "wall_seconds"}; a metric of the probe is "<batches>/<mark>" or "<batches>/all", in
-      nats/token. The seconds are those of the whole call (compilations and evaluations included)
-      and decide nothing.
+      nats/token, and those of the measures have their own names. The seconds are those of the
+      whole call (compilations and evaluations included) and decide nothing.
     """
     run_dir = pathlib.Path(out) / "runs" / run.name
     path = run_dir / RESULT_FILE
@@ -132,13 +169,19 @@ def run_one(run: PaperRun, out: str | os.PathLike[str]) -> dict[str, Any]:
     begin, cpu = time.monotonic(), time.process_time()
     train(run_dir=run_dir, **run.settings)
     spent = {"cpu_seconds": time.process_time() - cpu, "wall_seconds": time.monotonic() - begin}
-    assembly, params, steps = trained(run.settings, run_dir)
-    tokens = _last_line(run_dir / "metrics.jsonl")["tokens"]
+    values: dict[str, float] = {}
+    if run.probe is not None:
+        assembly, params, _ = trained(run.settings, run_dir)
+        values |= measure(assembly, params, run.probe)
+    for one in run.measures:
+        values |= one.measure(run_dir)
+    last = _last_line(run_dir / "metrics.jsonl")
+    tokens, steps = last["tokens"], last["step"] + 1
     result = {
         "arm": run.arm,
         "seed": run.seed,
         "hash": run.hash,
-        "values": measure(assembly, params, run.probe) | {"tokens": tokens, "steps": steps},
+        "values": values | {"tokens": tokens, "steps": steps},
         "tokens": tokens,
         "steps": steps,
         **{name: round(seconds, 2) for name, seconds in spent.items()},
@@ -180,10 +223,7 @@ def measure(assembly: Assembly, params: Any, probe: Probe) -> dict[str, float]:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes JSON so that a reader, or a kill, sees all of it or nothing."""
-    draft = path.with_name(f"{path.name}.tmp")
-    draft.parent.mkdir(parents=True, exist_ok=True)
-    draft.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-    draft.replace(path)
+    files.write_whole(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
 
 def _last_line(path: pathlib.Path) -> dict[str, Any]:

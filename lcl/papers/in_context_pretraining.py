@@ -1,6 +1,6 @@
 """In-Context Pretraining (2310.10638), small: does an order of related documents teach their use?
 
-    python -m lcl.papers.in_context_pretraining --seeds 3 --out runs/papers/in_context_pretraining
+    lcl reproduce in_context_pretraining
 
 A two-layer model reads a topical corpus (`lcl.papers.topics`) in three orders, whose rows have no
 document mask: a random one, kNN (every document followed by its neighbours, with repeats)
@@ -20,7 +20,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +28,13 @@ import numpy as np
 from lcl.data import Data, Mixture, StageData
 from lcl.data.embeddings import HashedTfidf
 from lcl.data.in_context import InContext, KNNOrder
-from lcl.models import DecoderConfig
-from lcl.models.rope import Rope
 from lcl.optim import AdamW, cosine
-from lcl.papers import paper
+from lcl.papers import figures
 from lcl.papers.claims import Claim, Values
 from lcl.papers.grid import PaperRun, Probe, common_settings
+from lcl.papers.paper import Paper
+from lcl.papers.registry import PodRun
+from lcl.papers.streams import small_decoder
 from lcl.papers.topics import DOMAIN, TARGET_KINDS, VALUES, TopicalCorpus, contexts
 from lcl.stages import Stage
 
@@ -52,7 +52,7 @@ EMBEDDER = HashedTfidf(ngrams=(2, 4))
 
 
 @dataclasses.dataclass(frozen=True)
-class InContextPretraining:
+class InContextPretraining(Paper):
     """The experiment's sizes; the defaults are minutes on two cores.
 
     Attributes:
@@ -87,6 +87,7 @@ class InContextPretraining:
             worse=RANDOM,
             metric="related/recall",
             published="7B, ICP against standard: HotpotQA 21.9 / 10.5, NQ-Swap 45.8 / 39.6",
+            source="2310.10638",
         ),
         Claim(
             "loss in related contexts",
@@ -94,7 +95,8 @@ class InContextPretraining:
             better=IN_CONTEXT,
             worse=RANDOM,
             metric="related/all",
-            published="perplexity lower at all sizes; ablation, Fig. 5: random 8.2, ICP 7.3",
+            published="perplexity lower at all sizes; ablation: random 8.2, ICP 7.3",
+            source="2310.10638, Figure 5",
         ),
         Claim(
             "against kNN",
@@ -103,6 +105,7 @@ class InContextPretraining:
             worse=KNN,
             metric="related/recall",
             published="7B, reading comprehension on average: ICP 43.2, kNN 36.0, standard 37.6",
+            source="2310.10638",
         ),
         Claim(
             "loss in random contexts",
@@ -111,6 +114,7 @@ class InContextPretraining:
             worse=RANDOM,
             metric="random/all",
             published="closed book slightly worse: TQA 48.0 / 49.3",
+            source="2310.10638",
         ),
         Claim(
             "duplicates hurt",
@@ -118,7 +122,8 @@ class InContextPretraining:
             better=IN_CONTEXT,
             worse=KEPT,
             metric="related/recall",
-            published="ablation, Fig. 5: perplexity 8.3 without deduplication, 7.3 with",
+            published="ablation: perplexity 8.3 without deduplication, 7.3 with",
+            source="2310.10638, Figure 5",
         ),
         Claim(
             "pruning helps",
@@ -126,7 +131,8 @@ class InContextPretraining:
             better=PRUNED,
             worse=KEPT,
             metric="related/recall",
-            published="ablation, Fig. 5: perplexity 8.3 without deduplication, 7.3 with",
+            published="ablation: perplexity 8.3 without deduplication, 7.3 with",
+            source="2310.10638, Figure 5",
         ),
         Claim(
             "recall despite duplicates",
@@ -181,16 +187,6 @@ class InContextPretraining:
 
     def settings(self, seed: int, data: Data, order: Any) -> dict[str, Any]:
         """Arguments of `train` of one arm: the arms differ in `order` (and in the store)."""
-        model = DecoderConfig(
-            vocab_size=384,
-            num_layers=2,
-            embed_dim=64,
-            mlp_dim=192,
-            num_heads=4,
-            context_length=self.sequence_length,
-            rope=Rope(theta=1e4),
-            qk_norm=True,
-        )
         stage = StageData(
             mixture=Mixture({DOMAIN: 1.0}),
             sequence_length=self.sequence_length,
@@ -206,7 +202,9 @@ class InContextPretraining:
             total_steps=self.steps,
         )
         return common_settings(
-            model=model, sequence_length=self.sequence_length, batch_size=self.batch_size
+            model=small_decoder(self.sequence_length),
+            sequence_length=self.sequence_length,
+            batch_size=self.batch_size,
         ) | {
             "seed": seed,
             "data": data,
@@ -242,7 +240,7 @@ class InContextPretraining:
 
     def draw(self, values: Values) -> Figure:
         """Recall in both contexts and the whole loss in both; dashed: log 16, knowing nothing."""
-        return paper.bars(
+        return figures.bars(
             [("related/recall", "recall, related contexts"), ("random/recall", "recall, random")],
             values,
             reference=math.log(len(VALUES)),
@@ -271,5 +269,22 @@ class InContextPretraining:
         return Probe(batches, TARGET_KINDS, version=1, settings=settings)
 
 
-if __name__ == "__main__":
-    sys.exit(paper.main(InContextPretraining()))
+PAPER = InContextPretraining()
+TINY = InContextPretraining(
+    corpus=TopicalCorpus(num_topics=24, documents_per_topic=5, min_facts=8, max_facts=9),
+    duplicates=0.4,
+    num_neighbors=3,
+    steps=3,
+    batch_size=2,
+    sequence_length=128,
+    num_rows=4,
+    num_before=3,
+)
+POD = (
+    PodRun("in-context", ("configs/papers/pods/in_context_pretraining.gin",)),
+    PodRun(
+        "random",
+        ("configs/papers/pods/in_context_pretraining.gin",),
+        ("StageData.order='shuffle'",),
+    ),
+)

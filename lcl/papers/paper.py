@@ -1,10 +1,14 @@
 """A paper as an object, and the one way to reproduce it: runs, table, verdicts, figure.
 
     paper.runs(seed, out)  ->  run_one(...)   ->  values[arm][seed][metric]
-                               (or its result)        |-> table.txt     mean and 95% interval
+                               (or its result)        |-> derive        what is fitted over runs
+                                                      |-> table.txt     mean and 95% interval
                                                       |-> verdicts      claims.RULE
                                                       |-> results.json  everything, machine readable
-                                                      '-> figure.png
+                                                      '-> figure.png, figure.svg
+
+A table is of the runs that the code and the configuration of this moment ask for: where one of them
+has changed, the old table is taken away before the first run begins.
 
 A paper's file declares what it claims, the runs that decide it and what these hold equal; nothing
 else in this room knows a paper.
@@ -12,57 +16,76 @@ else in this room knows a paper.
 
 from __future__ import annotations
 
-import argparse
+import json
 import logging as logs
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lcl import files
 from lcl.checkpoints import run_card
+from lcl.papers import code, figures
 from lcl.papers.claims import RULE, Claim, Values, Verdict, table_text
-from lcl.papers.grid import PaperRun, run_one, write_json
+from lcl.papers.grid import PaperRun, is_done, run_one, write_json
+from lcl.papers.registry import nearest
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 log = logs.getLogger("lcl")
 
-TABLE_FILE, RESULTS_FILE, FIGURE_FILE = "table.txt", "results.json", "figure.png"
+TABLE_FILE, RESULTS_FILE = "table.txt", "results.json"
+FIGURE_FILES = ("figure.png", "figure.svg")
 
 
-class Paper(Protocol):
-    """What a paper's file gives; a frozen dataclass, so that a test can make a smaller one.
+class Paper:
+    """What a paper's file gives: a frozen dataclass of sizes, so that a tier is another instance.
 
-    name: as in `lcl.papers.<name>`. title: with the paper's number. equal: what the compared runs
+    name: its file in lcl/papers. title: with the paper's number. equal: what the compared runs
     have in common, in one sentence. claims: what is to be decided. columns: metric -> heading of
     the table.
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        raise NotImplementedError
+
     @property
-    def title(self) -> str: ...
+    def title(self) -> str:
+        raise NotImplementedError
+
     @property
-    def equal(self) -> str: ...
+    def equal(self) -> str:
+        raise NotImplementedError
+
     @property
-    def claims(self) -> Sequence[Claim]: ...
+    def claims(self) -> Sequence[Claim]:
+        raise NotImplementedError
+
     @property
-    def columns(self) -> Mapping[str, str]: ...
+    def columns(self) -> Mapping[str, str]:
+        raise NotImplementedError
 
     def runs(self, seed: int, out: pathlib.Path) -> Sequence[PaperRun]:
         """The runs of one repetition; what they share (a corpus) is made under `out`."""
-        ...
+        raise NotImplementedError
+
+    def derive(self, values: Values, out: pathlib.Path) -> Values:
+        """Arms that are no runs: what is fitted or interpolated over the runs of a seed."""
+        del values, out
+        return {}
 
     def remarks(self, out: pathlib.Path) -> Sequence[str]:
         """Lines for the report on what was not a run: costs, orders, what a layout drops."""
-        ...
+        del out
+        return ()
 
     def draw(self, values: Values) -> Figure:
-        """The paper's figure from what was measured."""
-        ...
+        """The paper's figure from what was measured; one panel for each of the first columns."""
+        panels = list(self.columns.items())[:2]
+        return figures.bars(panels, values)
 
 
 class Outcome(NamedTuple):
@@ -78,6 +101,7 @@ def reproduce(
     *,
     seeds: int,
     out: str | os.PathLike[str],
+    claims: Sequence[str] = (),
     say: Callable[[str], None] = log.info,
 ) -> Outcome:
     """Runs what has not been run yet, then decides every claim and writes the report.
@@ -86,33 +110,98 @@ def reproduce(
       paper: which.
       seeds: repetitions 0 .. seeds - 1; below 3 nothing is decided.
       out: directory of the runs and of the report; a second call goes on where the first stopped.
+      claims: names of claims; only their runs are made then, and nothing is written beside these.
+        Empty = all claims, and the report.
       say: takes progress lines.
 
     Returns:
-      The outcome; the same is in OUT/table.txt, OUT/results.json and OUT/figure.png.
+      The outcome; the same is in OUT/table.txt, OUT/results.json and OUT/figure.png (and .svg).
+
+    Raises:
+      ValueError: no seeds, or a claim that the paper does not have; one line names the nearest.
     """
     if seeds < 1:
         raise ValueError(f"seeds is {seeds}; give 1 or more, 3 for a verdict")
+    known = [claim.name for claim in paper.claims]
+    for name in claims:
+        nearest(f"claim of {paper.name}", name, known)
+    chosen = [claim for claim in paper.claims if claim.name in claims or not claims]
     out = pathlib.Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    runs = [run for seed in range(seeds) for run in paper.runs(seed, out)]
+    if claims:
+        runs = _needed(runs, chosen)
+    else:
+        _remove_stale(out, runs, say)
+    values, results = _run_all(paper, runs, out, say)
+    values |= {arm: dict(found) for arm, found in paper.derive(values, out).items()}
+    verdicts = tuple(claim.decide(values) for claim in chosen)
+    remarks = [] if claims else list(paper.remarks(out))
+    text = report_text(paper, values, verdicts, remarks, seeds)
+    if not claims:
+        _write(paper, out, Outcome(values, verdicts, text), results, remarks, seeds)
+    return Outcome(values, verdicts, text)
+
+
+def _run_all(
+    paper: Paper, runs: Sequence[PaperRun], out: pathlib.Path, say: Callable[[str], None]
+) -> tuple[dict[str, dict[int, dict[str, float]]], list[dict[str, Any]]]:
+    """values[arm][seed][metric] of all runs, and their results."""
     values: dict[str, dict[int, dict[str, float]]] = {}
     results: list[dict[str, Any]] = []
-    begin = time.monotonic()
-    for seed in range(seeds):
-        runs = paper.runs(seed, out)
-        for place, run in enumerate(runs):
-            number, total = seed * len(runs) + place + 1, seeds * len(runs)
-            say(f"run {number} of {total}: {run.arm}, seed {seed}")
-            result = run_one(run, out)
-            results.append(result)
-            values.setdefault(run.arm, {})[seed] = result["values"]
+    begin, trained = time.monotonic(), 0
+    cached = sum(is_done(run, out) for run in runs)
+    if cached:
+        say(f"{cached} of {len(runs)} runs are finished: same configuration, same code")
+    for number, run in enumerate(runs, 1):
+        if not is_done(run, out):
+            trained += 1
+            say(f"run {number} of {len(runs)}: {run.arm}, seed {run.seed}")
+        result = run_one(run, out)
+        results.append(result)
+        values.setdefault(run.arm, {})[run.seed] = result["values"]
+        if trained:
             shown = ", ".join(f"{k} {result['values'][k]:.4f}" for k in _first(paper, result))
-            left = (time.monotonic() - begin) / number * (total - number)
+            left = (time.monotonic() - begin) / trained * (len(runs) - cached - trained)
             say(f"  {shown}; {result['tokens']:,} tokens, about {left / 60:.0f} minutes left")
-    verdicts = tuple(claim.decide(values) for claim in paper.claims)
-    remarks = list(paper.remarks(out))
-    text = report_text(paper, values, verdicts, remarks, seeds)
-    (out / TABLE_FILE).write_text(text + "\n")
+    return values, results
+
+
+def _needed(runs: Sequence[PaperRun], claims: Sequence[Claim]) -> list[PaperRun]:
+    """The runs of the claims' arms; all, where an arm is derived from others."""
+    arms = {arm for claim in claims for arm in (claim.better, claim.worse)}
+    if arms - {run.arm for run in runs}:
+        return list(runs)
+    return [run for run in runs if run.arm in arms]
+
+
+def _remove_stale(out: pathlib.Path, runs: Sequence[PaperRun], say: Callable[[str], None]) -> None:
+    """Takes a report away that is not of these runs: another code, configuration or number."""
+    path = out / RESULTS_FILE
+    if not path.exists():
+        return
+    before = {run["hash"] for run in json.loads(path.read_text())["runs"]}
+    wanted = {run.hash for run in runs}
+    if before == wanted:
+        return
+    for name in (TABLE_FILE, RESULTS_FILE, *FIGURE_FILES):
+        (out / name).unlink(missing_ok=True)
+    if not wanted & before:
+        say("the report here was of another code or configuration: all runs are made anew")
+
+
+def _write(
+    paper: Paper,
+    out: pathlib.Path,
+    outcome: Outcome,
+    results: Sequence[Mapping[str, Any]],
+    remarks: Sequence[str],
+    seeds: int,
+) -> None:
+    """The report's files; results.json is the last, so where it is, the others are too."""
+    files.write_whole(out / TABLE_FILE, f"{outcome.text}\n".encode())
+    figures.save(paper.draw(outcome.values), out / FIGURE_FILES[0])
+    run_arms = {result["arm"] for result in results}
     write_json(
         out / RESULTS_FILE,
         {
@@ -121,17 +210,15 @@ def reproduce(
             "equal": paper.equal,
             "rule": RULE,
             "seeds": seeds,
-            "runs": results,
-            "remarks": remarks,
-            "verdicts": [verdict.as_dict() for verdict in verdicts],
+            "runs": list(results),
+            "derived": {a: dict(v) for a, v in outcome.values.items() if a not in run_arms},
+            "remarks": list(remarks),
+            "verdicts": [verdict.as_dict() for verdict in outcome.verdicts],
+            "code": code.code_hash(),
             "git_revision": run_card.git_revision(),
             "versions": run_card.versions(),
         },
     )
-    from lcl.report import plots
-
-    plots.save(paper.draw(values), out / FIGURE_FILE)
-    return Outcome(values, verdicts, text)
 
 
 def report_text(
@@ -142,6 +229,7 @@ def report_text(
     seeds: int,
 ) -> str:
     """The report as text: what is equal, the table, the rule, and each claim with its verdict."""
+    published = [line for verdict in verdicts if (line := verdict.published_line())]
     return "\n".join(
         [
             paper.title,
@@ -151,95 +239,14 @@ def report_text(
             table_text(values, paper.columns),
             "",
             *(f"* {remark}" for remark in remarks),
-            "",
+            *([""] if remarks else []),
             RULE,
             "",
             *(verdict.line() for verdict in verdicts),
+            *(["", "published:", *published] if published else []),
         ]
     )
 
 
-def main(paper: Paper, argv: Sequence[str] | None = None) -> int:
-    """The command of a paper: `python -m lcl.papers.NAME --seeds 3 --out DIR`.
-
-    Returns:
-      0, or 2 for a mistake that is explained in one line on stderr.
-    """
-    parser = argparse.ArgumentParser(
-        prog=f"python -m lcl.papers.{paper.name}", description=paper.title
-    )
-    parser.add_argument("--seeds", type=int, default=3, help="repetitions (default 3)")
-    parser.add_argument(
-        "--out",
-        default=f"runs/papers/{paper.name}",
-        help="where runs and report go; finished runs there are not run again",
-    )
-    arguments = parser.parse_args(argv)
-    logs.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
-    log.setLevel(logs.INFO)
-    _prepare_jax(pathlib.Path(arguments.out))
-    try:
-        outcome = reproduce(paper, seeds=arguments.seeds, out=arguments.out)
-    except ValueError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
-    print(outcome.text)
-    return 0
-
-
-def bars(
-    panels: Sequence[tuple[str, str]], values: Values, reference: float | None = None
-) -> Figure:
-    """Arms by metric: one panel a metric, a dot a seed, the mean and its 95% interval.
-
-    Args:
-      panels: (metric, title) of each panel.
-      values: arm -> seed -> metric -> value; an arm without the metric is left out of its panel.
-      reference: a dashed line across, such as the loss of knowing nothing.
-    """
-    from matplotlib.figure import Figure
-
-    from lcl.papers.claims import interval
-    from lcl.report.plots import LIGHT, colour
-
-    figure = Figure(figsize=(3.5 * len(panels) + 1.2, 0.42 * len(values) + 1.3), dpi=130)
-    figure.set_layout_engine("constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for column, (metric, title) in enumerate(panels):
-        panel = axes[column]
-        arms = list(values)
-        for place, arm in enumerate(arms):
-            found = [one[metric] for one in values[arm].values() if metric in one]
-            if not found:
-                continue
-            shade = colour(LIGHT, place)
-            mean = interval(found)
-            panel.plot(found, [place] * len(found), "o", color=shade, markersize=3.5, alpha=0.55)
-            half = mean.half if len(found) > 1 else 0.0
-            panel.errorbar(
-                [mean.mean], [place], xerr=[half], fmt="|", color=shade, markersize=13, capsize=3
-            )
-        if reference is not None:
-            panel.axvline(reference, color=LIGHT.soft, linestyle=(0, (4, 3)), linewidth=0.8)
-        panel.set_title(title, fontsize=9, loc="left", color=LIGHT.ink)
-        panel.set_yticks(range(len(arms)), arms if column == 0 else [""] * len(arms), fontsize=8)
-        panel.set_ylim(len(arms) - 0.4, -0.6)
-        panel.tick_params(labelsize=8, colors=LIGHT.soft)
-        panel.grid(axis="x", color=LIGHT.line, linewidth=0.5)
-        for side in ("top", "right"):
-            panel.spines[side].set_visible(False)
-    figure.supxlabel("nats/token, lower is better", fontsize=8.5, color=LIGHT.soft)
-    return figure
-
-
 def _first(paper: Paper, result: Mapping[str, Any]) -> list[str]:
     return [metric for metric in paper.columns if metric in result["values"]][:2]
-
-
-def _prepare_jax(out: pathlib.Path) -> None:
-    """Compiled steps are kept beside the runs: the runs of a grid share them."""
-    import jax
-
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

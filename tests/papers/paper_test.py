@@ -8,10 +8,10 @@ import math
 
 import pytest
 
-from lcl import config
+from lcl import config, main
 from lcl.data import Data
 from lcl.describe import describe
-from lcl.papers import grid, paper
+from lcl.papers import code, dataset_decomposition, grid, in_context_pretraining, paper
 from lcl.papers.claims import NOT_TESTABLE
 from lcl.papers.dataset_decomposition import ARMS, SECONDS, DatasetDecomposition
 from lcl.papers.in_context_pretraining import InContextPretraining
@@ -34,26 +34,12 @@ class FewLayouts(DatasetDecomposition):
         return [run for run in super().runs(seed, out) if run.arm in kept]
 
 
-ICP = FewOrders(
-    corpus=TopicalCorpus(num_topics=24, documents_per_topic=5, min_facts=8, max_facts=9),
-    duplicates=0.4,
-    num_neighbors=3,
-    steps=3,
-    batch_size=2,
-    sequence_length=128,
-    num_rows=4,
-    num_before=3,
-)
-DECOMPOSITION = FewLayouts(
-    steps=4,
-    batch_size=2,
-    min_log2=5,
-    max_log2=6,
-    cycles=1,
-    num_documents=6,
-    cost_rounds=1,
-    limit_modules=40,
-)
+def fields(small):
+    return {field.name: getattr(small, field.name) for field in dataclasses.fields(small)}
+
+
+ICP = FewOrders(**fields(in_context_pretraining.TINY))
+DECOMPOSITION = FewLayouts(**fields(dataset_decomposition.TINY))
 
 
 @pytest.fixture(scope="module", params=[ICP, DECOMPOSITION], ids=lambda p: p.name)
@@ -89,8 +75,10 @@ def test_the_report_is_written(done):
     results = json.loads((out / paper.RESULTS_FILE).read_text())
     assert len(results["runs"]) == len(outcome.values)
     assert [v["verdict"] for v in results["verdicts"]] == [NOT_TESTABLE] * len(small.claims)
-    assert (out / paper.FIGURE_FILE).read_bytes().startswith(b"\x89PNG")
-    assert lines[0].startswith(f"run 1 of {len(outcome.values)}: ")
+    png, svg = (out / name for name in paper.FIGURE_FILES)
+    assert png.read_bytes().startswith(b"\x89PNG") and b"<svg" in svg.read_bytes()
+    assert results["code"] == code.code_hash()
+    assert lines[0].startswith(f"run 1 of {len(results['runs'])}: ")
 
 
 def test_finished_runs_are_not_run_again(done, monkeypatch):
@@ -151,8 +139,43 @@ def test_a_run_that_was_killed_goes_on(tmp_path, monkeypatch):
     assert (tmp_path / "runs" / run.name / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_changed_code_is_another_run_and_takes_the_old_table_away(done, tmp_path, monkeypatch):
+    """The cache answers for code as well: nothing of another code is read or left standing."""
+    small, out, _, _ = done
+    paper.reproduce(small, seeds=1, out=out, say=lambda line: None)  # the report stands
+    for name in (paper.TABLE_FILE, paper.RESULTS_FILE, *paper.FIGURE_FILES):
+        (tmp_path / name).write_bytes((out / name).read_bytes())
+    if (out / dataset_decomposition.COSTS_FILE).exists():
+        monkeypatch.setattr(type(small), "runs", lambda self, seed, _: done_runs(small, out))
+    old = {run.hash for run in small.runs(0, out)}
+    monkeypatch.setattr(code, "code_hash", lambda: "another")
+    assert not old & {run.hash for run in small.runs(0, out)}
+
+    def not_yet(**settings):
+        raise AssertionError("trains")
+
+    monkeypatch.setattr(grid, "train", not_yet)
+    lines: list[str] = []
+    with pytest.raises(AssertionError, match="trains"):
+        paper.reproduce(small, seeds=1, out=tmp_path, say=lines.append)
+    assert not (tmp_path / paper.TABLE_FILE).exists()
+    assert not (tmp_path / paper.RESULTS_FILE).exists()
+    assert "another code or configuration" in lines[0]
+
+
+def done_runs(small, out):
+    """The runs as they were made, without measuring what a step costs again."""
+    data = Data(str(out / "data"))
+    probe = small._probe(data)
+    return [
+        grid.PaperRun(arm, 0, small.settings(arm, 0, data), probe)
+        for arm in ("concat", "decomposition")
+    ]
+
+
 def test_command_refuses_no_seeds(tmp_path, capsys):
-    assert paper.main(ICP, ["--seeds", "0", "--out", str(tmp_path)]) == 2
+    words = ["reproduce", "in_context_pretraining", "--tier", "tiny", "--out", str(tmp_path)]
+    assert main.main([*words, "--seeds", "0"]) == 2
     assert "give 1 or more" in capsys.readouterr().err
 
 

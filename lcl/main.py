@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from lcl.commands import data, pods, reports, scoring, training
+from lcl.commands import data, papers, pods, reports, scoring, training
 
 EPILOG = """\
 bindings:
@@ -30,7 +30,7 @@ examples:
 """
 
 # The files of commands, in the order of `lcl --help`.
-COMMANDS = (data, training, scoring, reports, pods)
+COMMANDS = (data, training, scoring, reports, papers, pods)
 
 
 def run(argv: Sequence[str] | None = None) -> None:

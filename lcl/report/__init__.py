@@ -11,7 +11,9 @@ from lcl.report.writers import MetricsWriter
 # Imported when first used: a training loop needs none of them until it ends.
 _LAZY = {
     "Run": "lcl.report.read",
+    "Diff": "lcl.report.diff",
     "build_report": "lcl.report.build",
+    "diff_runs": "lcl.report.diff",
     "info_text": "lcl.report.text",
     "load_runs": "lcl.report.read",
     "matrix_text": "lcl.report.text",
@@ -19,10 +21,12 @@ _LAZY = {
 }
 
 __all__ = [
+    "Diff",
     "MetricsWriter",
     "Progress",
     "Run",
     "build_report",
+    "diff_runs",
     "info_text",
     "load_runs",
     "matrix_text",

@@ -50,8 +50,8 @@ class StreamPaper(Paper):
 
     corpora: Corpora = MANPAGES
     steps: int = 150
-    batch_size: int = 8
-    sequence_length: int = 128
+    batch_size: int = 12
+    sequence_length: int = 96
     peak: float = 4e-3
     warmup_steps: int = 20
     interval: int = 25

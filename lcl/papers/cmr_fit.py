@@ -27,8 +27,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Exponents that are tried: 0 (a constant, which the offset has already) is passed over.
-_EXPONENTS = (-3.0, 6.0)
+# Exponents that are tried; 0 (a constant, which the offset has already) is passed over. In tokens a
+# loss changes no faster than in proportion: without this bound two powers fit a dozen points with
+# cubes that cancel, and lead anywhere beyond them.
+IN_RATIO = (-3.0, 6.0)
+IN_TOKENS = (-1.0, 1.0)
 _GRID, _ROUNDS = 61, 8
 
 
@@ -67,33 +70,39 @@ class TwoPowers(NamedTuple):
         return a * x**s + b * x**t + self.offset
 
 
-def fit_power(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
+def fit_power(
+    x: Sequence[float], y: Sequence[float], exponents: tuple[float, float] = IN_RATIO
+) -> PowerLaw:
     """Least squares of y = a x^s + b.
 
     Args:
       x: positive, at least three different values.
       y: as many finite values.
+      exponents: least and greatest s.
 
     Raises:
       ValueError: too few points, or some that are not positive or not finite.
     """
     xs, ys = _points(x, y, 3)
-    (s,), (a, b), rmse = _search(xs, ys, 1)
+    (s,), (a, b), rmse = _search(xs, ys, 1, exponents)
     return PowerLaw(a, s, b, rmse)
 
 
-def fit_two_powers(x: Sequence[float], y: Sequence[float]) -> TwoPowers:
+def fit_two_powers(
+    x: Sequence[float], y: Sequence[float], exponents: tuple[float, float] = IN_TOKENS
+) -> TwoPowers:
     """Least squares of y = a x^s + b x^t + c: a loss that rises and then falls, or the reverse.
 
     Args:
       x: positive, at least five different values.
       y: as many finite values.
+      exponents: least and greatest s and t.
 
     Raises:
       ValueError: as `fit_power`.
     """
     xs, ys = _points(x, y, 5)
-    (s, t), (a, b, c), rmse = _search(xs, ys, 2)
+    (s, t), (a, b, c), rmse = _search(xs, ys, 2, exponents)
     return TwoPowers((a, b), (s, t), c, rmse)
 
 
@@ -145,7 +154,10 @@ def extrapolate(
     """
     fit = fit_two_powers if rises else fit_power
     later = np.asarray(times[until:], np.float64)
-    along = {r: fit(times[:until], curve[:until])(later) for r, curve in sorted(curves.items())}
+    along = {
+        r: fit(times[:until], curve[:until], IN_TOKENS)(later)
+        for r, curve in sorted(curves.items())
+    }
     ratios = list(along)
     return np.array(
         [float(fit_power(ratios, [along[r][i] for r in ratios])(ratio)) for i in range(len(later))]
@@ -165,18 +177,18 @@ def _points(x: Sequence[float], y: Sequence[float], least: int) -> tuple[np.ndar
 
 
 def _search(
-    x: np.ndarray, y: np.ndarray, terms: int
+    x: np.ndarray, y: np.ndarray, terms: int, bounds: tuple[float, float]
 ) -> tuple[tuple[float, ...], tuple[float, ...], float]:
     """The exponents with the least squares, their coefficients (the offset last), the error."""
     unit = x.max()  # powers of x / unit stay near 1, whatever x counts
     scaled = x / unit
-    low, high = _EXPONENTS
+    low, high = bounds
     centre = [(low + high) / 2] * terms
     width = (high - low) / 2
     points = _GRID if terms == 1 else 25
     best: tuple[float, tuple[float, ...], np.ndarray] | None = None
     for _ in range(_ROUNDS):
-        axes = [np.linspace(c - width, c + width, points) for c in centre]
+        axes = [np.linspace(max(low, c - width), min(high, c + width), points) for c in centre]
         for exponents in itertools.product(*axes):
             distinct = all(abs(s) > 1e-3 for s in exponents) and (
                 terms == 1 or exponents[0] < exponents[1] - 1e-2

@@ -49,12 +49,12 @@ class StreamPaper(Paper):
     """
 
     corpora: Corpora = MANPAGES
-    steps: int = 150
+    steps: int = 144
     batch_size: int = 12
     sequence_length: int = 96
     peak: float = 4e-3
     warmup_steps: int = 20
-    interval: int = 25
+    interval: int = 24
     rows: int = 48
     width: int = 64
 

@@ -77,6 +77,19 @@ class Topology:
         return math.prod(self.shape) * self.num_slices
 
     @property
+    def wraps(self) -> tuple[bool, bool, bool]:
+        """Which dimensions close to rings; the compiler chooses its collectives by that.
+
+        Chips in space (v4, v5p) are wired in cubes of 4 x 4 x 4, whose faces optical switches join:
+        a slice of whole cubes is a torus, a smaller one a mesh. In the plane (v5e, v6e) a dimension
+        of all 16 chips is a ring.
+        """
+        if len(self.shape) == 3:
+            whole_cubes = all(dim % 4 == 0 for dim in self.shape)
+            return (whole_cubes,) * 3
+        return self.shape[0] == 16, self.shape[1] == 16, False
+
+    @property
     def device_kind(self) -> str:
         """What JAX calls a device of it."""
         return _KINDS[self.generation]
@@ -196,7 +209,7 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
     from jax.experimental import topologies
 
     shape = topology.shape
-    options: dict[str, object] = {}
+    options: dict[str, object] = {"wrap": topology.wraps}
     if math.prod(shape) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     if topology.generation == "v4":

@@ -29,6 +29,22 @@ def test_names(name, generation, shape, slices, devices):
     assert topology.chip.hbm_bytes > 15e9
 
 
+@pytest.mark.parametrize(
+    ("name", "wraps"),
+    [
+        ("v5p-64", (False, False, False)),  # 2 x 4 x 4 is less than a cube
+        ("v5p-128", (True, True, True)),
+        ("v4-384", (True, True, True)),
+        ("v5e-64", (False, False, False)),
+        ("v6e-128", (False, True, False)),
+        ("2x v5e-256", (True, True, False)),
+    ],
+)
+def test_whole_cubes_and_whole_sides_close_to_rings(name, wraps):
+    """Without it a v5p pod's parameters are gathered by all-reduces, at twice the bytes."""
+    assert parse_topology(name).wraps == wraps
+
+
 def test_every_name_counts_its_chips_or_cores():
     for name in names():
         generation, size = name.split("-")

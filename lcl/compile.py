@@ -49,7 +49,7 @@ def compile(  # the word of the command line
         train: the arguments of `lcl.train.train`, of which model, objective, optimizer, mesh and
             stages are used.
         title: what the report is called.
-        stage: which stage; None takes the one with the longest rows.
+        stage: which stage; None takes the one with the longest rows, and the most of them.
         compiler_options: XLA flags for this program.
         anchor: someone else's figures for the same work, printed beside ours: {"name": ...} and any
             of argument, output, temp, peak, collective (bytes a chip), lowering_s, compile_s.
@@ -80,9 +80,27 @@ def compile(  # the word of the command line
     return report
 
 
+def largest_stage(stages: Sequence[Any]) -> Any:
+    """The stage of the longest rows; of several such, the first of the most rows a step."""
+    return max(stages, key=lambda one: (one.data.sequence_length, rows_a_step(stages, one)))
+
+
+def rows_a_step(stages: Sequence[Any], stage: Any) -> int:
+    """Rows of a step of a stage, the replayed ones included; the first stage replays nothing.
+
+    Args:
+        stages: of the run.
+        stage: one of them.
+    """
+    data = stage.data
+    if data.replay is None or stage is stages[0]:
+        return data.batch_size
+    return sum(data.replay.rows_per_step(data.batch_size))
+
+
 def _choose_stage(stages: Sequence[Any], name: str | None) -> Any:
     if name is None:
-        return max(stages, key=lambda one: one.data.sequence_length)
+        return largest_stage(stages)
     for one in stages:
         if one.name == name:
             return one
@@ -110,7 +128,7 @@ class _Work:
         if stage.rope is not None:
             model = dataclasses.replace(model, rope=stage.rope)
         data = stage.data
-        batch_shape = data.batch_size, data.sequence_length
+        batch_shape = rows_a_step(train["stages"], stage), data.sequence_length
         if data.decomposition is not None:  # the longest rows, as many as hold the same tokens
             longest = max(data.decomposition.row_lengths)
             batch_shape = max(1, data.batch_size * data.sequence_length // longest), longest

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import re
 from typing import Any
 
 from lcl.commands.shared import AddCommand, prepare_jax
@@ -102,7 +102,8 @@ def _pod(name: str, arguments: argparse.Namespace) -> int:
     runs = registry.pod_runs(name)
     print(f"{name}: {len(runs)} full-size runs\n")
     for run in runs:
-        print(f"# {run.arm}\nlcl train {run.arguments()} --run_dir=DIR/{run.arm.replace(' ', '_')}")
+        folder = re.sub(r"[^a-zA-Z0-9.]+", "_", run.arm).strip("_")
+        print(f"# {run.arm}\nlcl train {run.arguments()} --run_dir=DIR/{folder}")
     # Arms that only read other rows or follow another schedule have the same program.
     reports: dict[str, Any] = {}
     for run in runs:
@@ -111,16 +112,15 @@ def _pod(name: str, arguments: argparse.Namespace) -> int:
         key = _program(train)
         if key not in reports:
             reports[key] = settings.call("compile", train=train, title=run.arm, abstract=abstract)
-            print(f"\n# {run.arm}\n{compile_report.report_text(reports[key])}", end="")
+            print(f"\n{compile_report.report_text(reports[key])}", end="")
     return 1 if any("out_of_memory" in report for report in reports.values()) else 0
 
 
 def _program(train: dict[str, Any]) -> str:
     """What decides a run's largest step: its model, batch, objective, optimizer and mesh."""
-    from lcl.describe import describe
+    from lcl.compile import largest_stage, rows_a_step
 
-    parts = {name: train[name] for name in ("model", "objective", "mesh")}
-    stage = max(train["stages"], key=lambda one: one.data.sequence_length)
-    lines = describe(parts) | {"optimizer": type(train["optimizer"]).__name__}
-    lines |= {"rows": stage.data.batch_size, "length": stage.data.sequence_length}
-    return json.dumps(lines, sort_keys=True, default=str)
+    stage = largest_stage(train["stages"])
+    rows, length = rows_a_step(train["stages"], stage), stage.data.sequence_length
+    parts = [repr(train[name]) for name in ("model", "objective", "mesh")]
+    return "\n".join([*parts, type(train["optimizer"]).__name__, f"{rows} x {length}"])

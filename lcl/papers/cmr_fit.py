@@ -22,7 +22,7 @@ every time.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -133,7 +133,7 @@ def critical_ratio(ratios: Sequence[float], increases: Sequence[float], epsilon:
 
 def extrapolate(
     times: Sequence[float],
-    curves: dict[float, Sequence[float]],
+    curves: Mapping[float, Sequence[float]],
     ratio: float,
     until: int,
     *,
@@ -203,6 +203,7 @@ def _search(
                 best = (error, exponents, found)
         assert best is not None
         centre, width = list(best[1]), width * 0.3
+    assert best is not None
     error, exponents, found = best
     scales = [float(a / unit**s) for a, s in zip(found[:-1], exponents, strict=True)]
     return (

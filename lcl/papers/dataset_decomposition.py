@@ -285,11 +285,9 @@ POD = (
     PodRun("decomposition", ("configs/papers/pods/dataset_decomposition.gin",)),
     PodRun(
         "concat",
-        ("configs/papers/pods/dataset_decomposition.gin",),
         (
-            "StageData.decomposition=None",
-            "StageData.packing='concat'",
-            "StageData.document_mask=False",
+            "configs/papers/pods/dataset_decomposition.gin",
+            "configs/papers/pods/dataset_decomposition_concat.gin",
         ),
     ),
 )

@@ -28,7 +28,7 @@ import numpy as np
 from lcl.data import Data
 from lcl.data.embeddings import HashedTfidf
 from lcl.data.ordering import named_key
-from lcl.optim import AdamW, constant
+from lcl.optim import AdamW, wsd
 from lcl.papers import streams
 from lcl.papers.claims import Claim, Values
 from lcl.papers.grid import PaperRun
@@ -156,9 +156,10 @@ class DomainOrder(StreamPaper):
         return self.domains[1:]
 
     def adamw_constant(self) -> AdamW:
-        """One rate for all places in the order."""
+        """One rate for all places in the order: a stable phase that is never left."""
         warmup = min(self.warmup_steps, self.pretraining_steps // 4)
-        return AdamW(schedule=constant(rate=self.peak, warmup_steps=warmup))
+        schedule = wsd(peak=self.peak, final=self.peak / 10, warmup_steps=warmup)
+        return AdamW(schedule=schedule)
 
     def stages(self, order: Sequence[str]) -> tuple[Stage, ...]:
         """Pretraining, then the domains in this order."""

@@ -17,6 +17,7 @@ import json
 import logging as logs
 import os
 import pathlib
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -91,7 +92,8 @@ class PaperRun:
     @property
     def name(self) -> str:
         """The run's directory."""
-        return f"{self.arm.replace(' ', '_')}-seed{self.seed}-{self.hash[:10]}"
+        arm = re.sub(r"[^a-zA-Z0-9.]+", "_", self.arm).strip("_")
+        return f"{arm}-seed{self.seed}-{self.hash[:10]}"
 
     @functools.cached_property
     def hash(self) -> str:

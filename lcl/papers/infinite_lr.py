@@ -191,12 +191,13 @@ class InfiniteLR(StreamPaper):
                 stages = self.sequence(replay)
                 changes: Mapping[str, Any] = {}
                 if schedule == INFINITE:
-                    changes = {"evaluation": self._branched()}
+                    changes = {"evaluation": self.branched()}
                 optimizer = self.optimizer(schedule)
                 runs.append(self.run(schedule + suffix, seed, data, stages, optimizer, **changes))
         return runs
 
-    def _branched(self) -> HeldOut:
+    def branched(self) -> HeldOut:
+        """The evaluation of the infinite arms: a branch for each stage's end."""
         return HeldOut(
             every_steps=self.interval,
             rows_per_domain=self.rows,
@@ -218,7 +219,7 @@ class InfiniteLR(StreamPaper):
         """The gap, and what is retained by decayed models."""
         decayed = {
             arm: {
-                seed: one | {"decayed": one.get(ANNEALED, one["retained_loss"])}
+                seed: dict(one) | {"decayed": one.get(ANNEALED, one["retained_loss"])}
                 for seed, one in seeds.items()
             }
             for arm, seeds in values.items()
@@ -244,6 +245,6 @@ POD = (
     PodRun("infinite", ("configs/papers/pods/infinite_lr.gin",)),
     PodRun(
         "repeated cosine",
-        ("configs/papers/pods/infinite_lr.gin", "configs/methods/repeated_cosine.gin"),
+        ("configs/papers/pods/infinite_lr.gin", "configs/papers/pods/infinite_lr_repeated.gin"),
     ),
 )

@@ -112,7 +112,7 @@ def matrix_values(matrix: LossMatrix) -> dict[str, float | None]:
         "fwt": matrix.fwt,
         "transfer_loss": matrix.zscl["transfer"],
     }
-    parts = {
+    parts: dict[str, Mapping[str, float | None]] = {
         "learned_loss": learned,
         "retained_loss": matrix.retained,
         "forgetting": matrix.forgetting,

@@ -289,12 +289,13 @@ TINY = MetaExperienceReplay(
     interval=2,
     rows=4,
 )
-_REPTILE = "configs/methods/reptile.gin"
-_REPLAY = "configs/methods/replay.gin"
+_POD, _REPLAY = "configs/papers/pods/mer.gin", "configs/methods/replay.gin"
+# As in the paper: every 500 steps, a step of 0.1.
+_REPTILE = ("train.optimizer=@Reptile()", "Reptile.inner=@AdamW()")
 POD = (
-    PodRun("sequential", ("configs/papers/pods/mer.gin",)),
-    PodRun("+ 25%", ("configs/papers/pods/mer.gin", _REPLAY)),
-    PodRun("+ 50%", ("configs/papers/pods/mer.gin", _REPLAY), ("Replay.fraction=0.5",)),
-    PodRun("+ Reptile", ("configs/papers/pods/mer.gin", _REPTILE)),
-    PodRun("+ 25% + Reptile", ("configs/papers/pods/mer.gin", _REPLAY, _REPTILE)),
+    PodRun("sequential", (_POD,)),
+    PodRun("+ 25%", (_POD, _REPLAY)),
+    PodRun("+ 50%", (_POD, _REPLAY), ("Replay.fraction=0.5",)),
+    PodRun("+ Reptile", (_POD,), _REPTILE),
+    PodRun("+ 25% + Reptile", (_POD, _REPLAY), _REPTILE),
 )

@@ -134,7 +134,9 @@ def reproduce(
     else:
         _remove_stale(out, runs, say)
     values, results = _run_all(paper, runs, out, say)
-    values |= {arm: dict(found) for arm, found in paper.derive(values, out).items()}
+    if not claims or _asks_for_derived(runs, chosen):
+        for arm, found in paper.derive(values, out).items():
+            values[arm] = {seed: dict(one) for seed, one in found.items()}
     verdicts = tuple(claim.decide(values) for claim in chosen)
     remarks = [] if claims else list(paper.remarks(out))
     text = report_text(paper, values, verdicts, remarks, seeds)
@@ -169,10 +171,15 @@ def _run_all(
 
 def _needed(runs: Sequence[PaperRun], claims: Sequence[Claim]) -> list[PaperRun]:
     """The runs of the claims' arms; all, where an arm is derived from others."""
-    arms = {arm for claim in claims for arm in (claim.better, claim.worse)}
-    if arms - {run.arm for run in runs}:
+    if _asks_for_derived(runs, claims):
         return list(runs)
+    arms = {arm for claim in claims for arm in (claim.better, claim.worse)}
     return [run for run in runs if run.arm in arms]
+
+
+def _asks_for_derived(runs: Sequence[PaperRun], claims: Sequence[Claim]) -> bool:
+    arms = {arm for claim in claims for arm in (claim.better, claim.worse)}
+    return bool(arms - {run.arm for run in runs})
 
 
 def _remove_stale(out: pathlib.Path, runs: Sequence[PaperRun], say: Callable[[str], None]) -> None:

@@ -22,6 +22,7 @@ import dataclasses
 from typing import TYPE_CHECKING, NamedTuple
 
 from lcl.data import Replay
+from lcl.models import DecoderConfig
 from lcl.papers import figures, streams
 from lcl.papers.claims import Claim, Values
 from lcl.papers.grid import PaperRun
@@ -126,6 +127,13 @@ class ReplayScaling(StreamPaper):
             "training FLOPs, to about 2% (see the column); schedule, first weights of a seed"
         )
 
+    def model(self, size: str) -> DecoderConfig:
+        """The model called S, L, ... in SIZES."""
+        width, mlp_dim = SIZES[size]
+        return dataclasses.replace(
+            streams.small_decoder(self.sequence_length, width), mlp_dim=mlp_dim
+        )
+
     def runs(self, seed: int, out: pathlib.Path) -> list[PaperRun]:
         """The nine runs of a seed."""
         data = self.data(out)
@@ -136,10 +144,7 @@ class ReplayScaling(StreamPaper):
                 data,
                 self.sequence(Replay(share) if share else None),
                 self.adamw(),
-                model=dataclasses.replace(
-                    streams.small_decoder(self.sequence_length, SIZES[size].width),
-                    mlp_dim=SIZES[size].mlp_dim,
-                ),
+                model=self.model(size),
             )
             for arm, (size, share) in ARMS.items()
         ]
@@ -190,12 +195,14 @@ TINY = ReplayScaling(
     interval=2,
     rows=4,
 )
+_POD, _99M = "configs/papers/pods/mer.gin", "configs/models/spectra_99m.gin"
 POD = (
-    PodRun("1B", ("configs/papers/pods/mer.gin",)),
-    PodRun("1B + 25%", ("configs/papers/pods/mer.gin", "configs/methods/replay.gin")),
+    PodRun("1B", (_POD,)),
+    PodRun("1B + 25%", (_POD, "configs/methods/replay.gin")),
+    PodRun("99M", (_POD, _99M), ("cosine.peak=4e-4",)),
     PodRun(
-        "560M + 50%",
-        ("configs/papers/pods/mer_560m.gin", "configs/methods/replay.gin"),
-        ("Replay.fraction=0.5",),
+        "99M + 50%",
+        (_POD, _99M, "configs/methods/replay.gin"),
+        ("cosine.peak=4e-4", "Replay.fraction=0.5"),
     ),
 )

@@ -271,7 +271,7 @@ class StabilityGapPaper(StreamPaper):
         block = 4 * self.batch_size
 
         def at(share: float) -> dict[str, float]:
-            rest = (1.0 - share) / len(self.general)
+            rest = round((1.0 - share) / len(self.general), 12)
             return {self.domain: share, **dict.fromkeys(self.general, rest)}
 
         alone = Mixture({self.domain: 1.0})

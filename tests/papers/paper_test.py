@@ -9,9 +9,21 @@ import math
 import pytest
 
 from lcl import config, main
-from lcl.data import Data
+from lcl.data import Data, Replay
 from lcl.describe import describe
-from lcl.papers import code, dataset_decomposition, grid, in_context_pretraining, paper
+from lcl.papers import (
+    cmr,
+    code,
+    dataset_decomposition,
+    grid,
+    in_context_pretraining,
+    infinite_lr,
+    mer,
+    paper,
+    registry,
+    stability_gap,
+    streams,
+)
 from lcl.papers.claims import NOT_TESTABLE
 from lcl.papers.dataset_decomposition import ARMS, SECONDS, DatasetDecomposition
 from lcl.papers.in_context_pretraining import InContextPretraining
@@ -179,17 +191,52 @@ def test_command_refuses_no_seeds(tmp_path, capsys):
     assert "give 1 or more" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", [InContextPretraining, DatasetDecomposition])
-def test_the_shipped_configuration_is_the_papers_own_arm(kind, tmp_path):
-    """configs/papers/NAME.gin is the method's run of seed 0, so that the two cannot drift apart."""
-    full = kind()
-    loaded = config.load([f"configs/papers/{full.name}.gin"]).kwargs("train", run_dir="x")
-    if isinstance(full, DatasetDecomposition):
-        settings = full.settings("decomposition", 0, Data("x"))
-    else:
+def arm_settings(name, tmp_path):
+    """The arguments of `train` of the arm whose configuration is shipped, without its stores."""
+    full, data = registry.load(name), Data("x")
+    if name == "dataset_decomposition":
+        return full.settings("decomposition", 0, data)
+    if name == "in_context_pretraining":
         small = TopicalCorpus(num_topics=8, documents_per_topic=1)
         runs = dataclasses.replace(full, corpus=small, num_rows=1).runs(0, tmp_path)
         (settings,) = [run.settings for run in runs if run.arm == "in-context"]
-    for name, wanted in settings.items():
-        if name not in ("data", "logging"):
-            assert describe(loaded[name], name) == describe(wanted, name)
+        return settings
+    if name == "mer":
+        return full.run("", 0, data, *full.arms()[mer.MER_01]).settings
+    if name == "infinite_lr":
+        optimizer, evaluation = full.optimizer(infinite_lr.INFINITE), full.branched()
+        stages = full.sequence(Replay(0.25))
+        return full.run("", 0, data, stages, optimizer, evaluation=evaluation).settings
+    if name == "replay_scaling":
+        model = full.model("L")
+        return full.run(
+            "", 0, data, full.sequence(Replay(0.25)), full.adamw(), model=model
+        ).settings
+    if name == "domain_order":
+        optimizer, domains = full.adamw_constant(), full.domains
+        return full.run(
+            "", 0, data, full.stages(SIMILAR_ORDER), optimizer, domains=domains
+        ).settings
+    if name == "cmr":
+        model = streams.small_decoder(full.sequence_length, cmr.LARGE)
+        stages, optimizer, domains = full.stages("1/2"), full.optimizer(), full.domains
+        return full.run("", 0, data, stages, optimizer, model=model, domains=domains).settings
+    assert name == "stability_gap"
+    mixture = full.mixtures("seed")[stability_gap.CURRICULUM]
+    stages = (full.pretraining(), streams.stage("continued", mixture, **full.sizes()))
+    return full.run("", 0, data, stages, full.optimizer(), domains=full.domains).settings
+
+
+SIMILAR_ORDER = (
+    *("manpages-en", "libreoffice-help-en", "libreoffice-help-fr"),
+    *("manpages-fr", "manpages-de", "libreoffice-help-de"),
+)
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_the_shipped_configuration_is_the_papers_own_arm(name, tmp_path):
+    """configs/papers/NAME.gin is the method's run of seed 0, so that the two cannot drift apart."""
+    loaded = config.load([f"configs/papers/{name}.gin"]).kwargs("train", run_dir="x")
+    for argument, wanted in arm_settings(name, tmp_path).items():
+        if argument not in ("data", "logging"):
+            assert describe(loaded[argument], argument) == describe(wanted, argument)

@@ -405,8 +405,7 @@ def assemble(
             "evaluation": evaluation,
             "guard": guard,
             "stages": tuple(stages),
-            "data": {d: data.open(d, "train").fingerprint for d in stream.domains}
-            | stream.scores,
+            "data": {d: data.open(d, "train").fingerprint for d in stream.domains} | stream.scores,
         }
     )
     # Two methods may have settings of the same names; the usual ones need no word.

@@ -1,4 +1,4 @@
-"""The command line: `lcl prepare | data | train | evaluate | score | report | info | probe | compile`.
+"""The command line: `lcl COMMAND`, one of prepare, train, evaluate, report, compile and others.
 
 Thin; the work is elsewhere, and each command's words stand in lcl/commands. A mistake of the user's
 is one line on stderr and exit code 2. Nothing heavy is imported before a command has been

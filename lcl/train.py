@@ -39,6 +39,7 @@ from lcl.policies import Guard, Logging, NonFiniteError, leave_out, read_left_ou
 from lcl.preemption import Preemption
 from lcl.recorder import Recorder
 from lcl.report import MetricsWriter, Progress
+from lcl.sampling import Sampler
 from lcl.stages import Span, Stage
 from lcl.step import Objective, TrainState, make_eval_step, make_train_step
 
@@ -154,6 +155,7 @@ def _go(
                 step, state, tokens = restored.step, restored.state, restored.metadata["tokens"]
                 log.info("resuming at step %d of %d", step, run.num_steps)
             heldout = run.heldout_batches(evaluation)
+            sampler = Sampler(run, run_dir, evaluation) if evaluation.samples else None
             resume_step = step if restored else None
             writer = MetricsWriter(
                 run_dir, resume_step, tensorboard=logging.tensorboard, primary=primary
@@ -175,7 +177,7 @@ def _go(
         )
         left_out = read_left_out(run_dir)
         with writer, bar:
-            loop = _Loop(run, checkpoints, writer, recorder, preemption, heldout, left_out)
+            loop = _Loop(run, checkpoints, writer, recorder, preemption, heldout, left_out, sampler)
             return loop.run_from(step, state, evaluation, logging)
 
 
@@ -190,6 +192,7 @@ class _Loop:
     preemption: Preemption
     heldout: Any
     left_out: frozenset[int]
+    sampler: Sampler | None = None  # continuations at stage ends, where some are asked for
     side: Assembly | None = None  # the run on its way down, once a branch was asked for
 
     def run_from(self, step: int, state: TrainState, evaluation: HeldOut, logging: Logging) -> bool:
@@ -279,6 +282,8 @@ class _Loop:
                 "domains": domains,
             }
         )
+        if ended and self.sampler is not None:
+            self.sampler.write(step, ended, params)
         self.recorder.exclude(time.monotonic() - begin)
 
     def _branch(self, step: int, state: TrainState, span: Span, evaluation: HeldOut) -> None:

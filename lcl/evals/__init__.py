@@ -5,6 +5,7 @@ from __future__ import annotations
 from lcl.evals.branches import Branches, StageClock
 from lcl.evals.heldout import EvalBatches, HeldOut, evaluate, summarise
 from lcl.evals.loss_matrix import LossMatrix
+from lcl.evals.samples import Samples
 from lcl.evals.stability_gap import Gap, StabilityGap
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Gap",
     "HeldOut",
     "LossMatrix",
+    "Samples",
     "StabilityGap",
     "StageClock",
     "evaluate",

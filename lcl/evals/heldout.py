@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lcl.evals.branches import Branches
+from lcl.evals.samples import Samples
 
 if TYPE_CHECKING:
     from lcl.data.batch import Batch
@@ -41,6 +42,7 @@ class HeldOut:
         batch_size: rows a batch. Short last batches are padded, so one shape compiles once.
         domains: None = all of the run's; or names, which may include domains no stage trains.
         branches: also evaluate annealed copies (`lcl.evals.Branches`); None = none.
+        samples: also write continuations at stage ends (`lcl.evals.Samples`); None = none.
     """
 
     every_steps: int | None = None
@@ -49,6 +51,7 @@ class HeldOut:
     batch_size: int = 8
     domains: Sequence[str] | None = None
     branches: Branches | None = None
+    samples: Samples | None = None
 
     def __post_init__(self) -> None:
         for name in ("rows_per_domain", "sequence_length", "batch_size"):

@@ -2,6 +2,7 @@
 
 from lcl.optim.adamw import AdamW, decay_mask
 from lcl.optim.optimizer import Optimizer
+from lcl.optim.reptile import Reptile, reptile
 from lcl.optim.schedule import Schedule
 from lcl.optim.schedules import (
     constant,
@@ -16,6 +17,7 @@ from lcl.optim.schedules import (
 __all__ = [
     "AdamW",
     "Optimizer",
+    "Reptile",
     "Schedule",
     "constant",
     "cosine",
@@ -23,6 +25,7 @@ __all__ = [
     "infinite",
     "inverse_sqrt",
     "repeated_cosine",
+    "reptile",
     "wsd",
     "wsd_s",
 ]

@@ -27,10 +27,15 @@ class Optimizer(abc.ABC):
     sharded, donated and checkpointed as one.
     """
 
-    # Whether `at_stage_end`, or `eval_params`, is anything but the identity: if not, the loop
-    # compiles and runs nothing for it.
-    changes_at_stage_end: bool = False
-    changes_eval_params: bool = False
+    @property
+    def changes_at_stage_end(self) -> bool:
+        """Whether `at_stage_end` is more than the identity; if not, nothing is compiled for it."""
+        return False
+
+    @property
+    def changes_eval_params(self) -> bool:
+        """Whether `eval_params` is more than the identity; if not, nothing is compiled for it."""
+        return False
 
     @abc.abstractmethod
     def build(self) -> optax.GradientTransformation:

@@ -14,8 +14,13 @@ import ast
 import functools
 import hashlib
 import importlib.metadata
+import json
+import os
 import pathlib
+import shutil
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 LCL = pathlib.Path(__file__).resolve().parents[1]
 
@@ -98,3 +103,19 @@ def is_paper(path: pathlib.Path) -> bool:
         and any(isinstance(target, ast.Name) and target.id == "PAPER" for target in node.targets)
         for node in ast.parse(text).body
     )
+
+
+def keep_store(path: str | os.PathLike[str], settings: Mapping[str, Any]) -> bool:
+    """Whether a generated store is there and was made by these settings; another one is removed.
+
+    Args:
+      path: of the store.
+      settings: as given to its `StoreWriter`; with the hash of the code that generates it.
+    """
+    meta = pathlib.Path(path) / "meta.json"
+    if not meta.exists():
+        return False
+    if json.loads(meta.read_text())["settings"] == json.loads(json.dumps(dict(settings))):
+        return True
+    shutil.rmtree(path)
+    return False

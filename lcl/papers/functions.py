@@ -60,8 +60,10 @@ def write(root: str | os.PathLike[str], limit_modules: int | None = None) -> Dat
       limit_modules: only so many modules, for a test; None = all.
     """
     root = os.fspath(root)
+    settings = {"limit_modules": limit_modules, "code": code.file_hash(pathlib.Path(__file__))}
     paths = [os.path.join(root, DOMAIN, split) for split in ("train", "heldout")]
-    if all(os.path.exists(path) for path in paths):
+    missing = [path for path in paths if not code.keep_store(path, settings)]
+    if not missing:
         return Data(root)
     seen: set[str] = set()
     texts: dict[str, list[tuple[str, str]]] = {"train": [], "heldout": []}
@@ -73,7 +75,7 @@ def write(root: str | os.PathLike[str], limit_modules: int | None = None) -> Dat
                 seen.add(text)
                 texts["heldout" if heldout else "train"].append((text, name))
     for path, split in zip(paths, ("train", "heldout"), strict=True):
-        if os.path.exists(path):
+        if path not in missing:
             continue
         with StoreWriter(
             path,
@@ -81,7 +83,7 @@ def write(root: str | os.PathLike[str], limit_modules: int | None = None) -> Dat
             domain=DOMAIN,
             split=split,
             licence="PSF-2.0",
-            settings={"functions": 1, "limit_modules": limit_modules},
+            settings=settings,
         ) as writer:
             for number, (text, name) in enumerate(texts[split]):
                 writer.add(text, document_id=number, source=name)

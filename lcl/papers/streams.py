@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from lcl.data import Data, Mixture, Replay, StageData
 from lcl.evals import HeldOut
 from lcl.models import DecoderConfig
 from lcl.models.rope import Rope
+from lcl.papers import code
 from lcl.papers.grid import common_settings
 from lcl.stages import Stage
 
@@ -77,11 +79,13 @@ class MadeUp:
 
     def write(self, root: str | os.PathLike[str]) -> Data:
         """Writes the stores, unless they are there."""
-        from lcl.data.testing import make_stores
+        from lcl.data import testing
 
+        made = code.file_hash(pathlib.Path(testing.__file__))[:8]
+        root = os.path.join(root, f"{self.documents}-{made}")
         if all(os.path.exists(os.path.join(root, name, "heldout")) for name in self.names):
-            return Data(os.fspath(root))
-        return make_stores(root, dict.fromkeys(self.names, self.documents), seed=3)
+            return Data(root)
+        return testing.make_stores(root, dict.fromkeys(self.names, self.documents), seed=3)
 
 
 def small_decoder(context_length: int, width: int = 64) -> DecoderConfig:

@@ -142,11 +142,15 @@ class TopicalCorpus:
         return _text(self.names()[document.topic], document.keys, values)
 
     def write(self, root: str | os.PathLike[str]) -> Data:
-        """Writes both splits as stores under `root` (kept if they are there) and opens it."""
+        """Writes both splits as stores under `root`, unless they are there, and opens it."""
         names = self.names()
+        settings = {
+            "topical_corpus": dataclasses.asdict(self),
+            "code": code.file_hash(pathlib.Path(__file__)),
+        }
         for split in ("train", "heldout"):
             path = os.path.join(os.fspath(root), DOMAIN, split)
-            if os.path.exists(path):
+            if code.keep_store(path, settings):
                 continue
             facts = self.facts(split)
             with StoreWriter(
@@ -155,7 +159,7 @@ class TopicalCorpus:
                 domain=DOMAIN,
                 split=split,
                 licence="synthetic",
-                settings={"topical_corpus": dataclasses.asdict(self)},
+                settings=settings,
             ) as writer:
                 for number, (topic, keys, copy_of) in enumerate(self.documents(split)):
                     writer.add(

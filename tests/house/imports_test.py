@@ -16,27 +16,22 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 # main imports its commands, and nobody but they config, which reaches the rooms by name only.
 KERNELS = {"attention", "files", "parallel"}
 ROOMS = {"data", "models", "optim", "objectives", "checkpoints", "evals", "report"}
-STORY = {
-    "assembly",
-    "cards",
-    "describe",
-    "policies",
-    "preemption",
-    "programs",
-    "recorder",
-    "stages",
-}
-STORY |= {"step"}
+STORY = {"assembly", "cards", "describe", "policies", "preemption", "programs", "recorder"}
+STORY |= {"stages", "step"}
 ALLOWED: dict[str, set[str]] = {
     "main": {"commands"},
-    "commands": {"branches", "config", "train", "papers", "programs", "compile"} | ROOMS | KERNELS,
+    "commands": {"branches", "config", "scoring", "train", "papers", "programs", "compile"}
+    | ROOMS
+    | KERNELS,
     "compile": STORY | ROOMS | KERNELS,
     "config": {"config_reader", "config_types"},
     "config_reader": {"config_types", "files"},
     "files": set(),
     "config_types": set(),
-    "papers": {"train"} | STORY | ROOMS | KERNELS,
-    "train": {"branches"} | STORY | ROOMS | KERNELS,
+    "papers": {"scoring", "train"} | STORY | ROOMS | KERNELS,
+    "train": {"branches", "sampling"} | STORY | ROOMS | KERNELS,
+    "sampling": STORY | ROOMS | KERNELS,
+    "scoring": STORY | ROOMS | KERNELS,
     "branches": STORY | ROOMS | KERNELS,
     "cards": {"stages"} | ROOMS | KERNELS,
     "assembly": (STORY - {"assembly", "recorder"}) | ROOMS | KERNELS,

@@ -16,6 +16,7 @@ OVERLAYS = [
     "configs/data/mixture_staged.gin",
     "configs/data/subset_epochs.gin",
     "configs/data/token_budgets.gin",
+    "configs/methods/branches.gin",
     "configs/methods/endprompt.gin",
     "configs/methods/pose.gin",
     "configs/methods/replay.gin",

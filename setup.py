@@ -53,6 +53,8 @@ setuptools.setup(
         "dedup": ["rensa>=0.5,<0.6"],
         # Nearest neighbours of more than some 200,000 documents on a CPU.
         "faiss": ["faiss-cpu>=1.8"],
+        # Weights & Biases, for Logging.trackers.
+        "wandb": ["wandb>=0.18"],
         # Any sentence encoder for in-context orders (torch comes with it).
         "sentence": ["sentence-transformers>=3.0"],
         "dev": [

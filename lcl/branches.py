@@ -183,7 +183,13 @@ def _train(
     # At a border the checkpoint holds the state before the stage's own policy.
     state = run.enter(span, restored.state) if at == span.first_step else restored.state
     heldout = side.heldout_batches(settings["evaluation"])
-    writer = MetricsWriter(folder, None, tensorboard=logging.tensorboard, primary=primary)
+    writer = MetricsWriter(
+        folder,
+        None,
+        tensorboard=logging.tensorboard,
+        trackers=logging.trackers,
+        primary=primary,
+    )
     bar = Progress(
         at + anneal_steps,
         start_step=at,

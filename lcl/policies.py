@@ -6,8 +6,10 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Sequence
 
 from lcl import files
+from lcl.report.trackers import Tracker
 
 __all__ = ["Guard", "Logging", "NonFiniteError", "check_finite", "leave_out", "read_left_out"]
 
@@ -22,12 +24,14 @@ class Logging:
       tensorboard: also write TensorBoard events under RUN/tensorboard.
       progress: show a progress bar (a plain line now and then where the output is no terminal).
       report: build RUN/report/index.html at the end.
+      trackers: where the scalars go too, such as `lcl.report.WandB`.
     """
 
     every_steps: int = 10
     tensorboard: bool = True
     progress: bool = True
     report: bool = True
+    trackers: Sequence[Tracker] = ()
 
     def __post_init__(self) -> None:
         """Refuses an interval of no steps."""

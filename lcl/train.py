@@ -94,6 +94,8 @@ def train(
       NonFiniteError: see `lcl.policies.Guard`.
       SystemExit: after SIGTERM or Ctrl-C, once the state is saved; codes in lcl.preemption.
     """
+    for tracker in logging.trackers:
+        tracker.check()
     folder = files.place(run_dir)
     run = assemble(
         seed=seed,
@@ -158,7 +160,11 @@ def _go(
             sampler = Sampler(run, run_dir, evaluation) if evaluation.samples else None
             resume_step = step if restored else None
             writer = MetricsWriter(
-                run_dir, resume_step, tensorboard=logging.tensorboard, primary=primary
+                run_dir,
+                resume_step,
+                tensorboard=logging.tensorboard,
+                trackers=logging.trackers,
+                primary=primary,
             )
         bar = Progress(
             run.num_steps,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import os
+import pathlib
 import textwrap
 import warnings
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from lcl.data.corpora.standard_library import read_source, source_files
 from lcl.data.ordering import named_key, shuffle_with_key
 from lcl.data.sources import Ledger
 from lcl.data.tokenizers import ByteTokenizer
+from lcl.papers import code
 
 DOMAIN = "functions"
 HELDOUT_SHARE = 0.1

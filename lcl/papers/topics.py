@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pathlib
 import string
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ import numpy as np
 from lcl.data import Batch, Data, Store, StoreWriter
 from lcl.data.ordering import named_key
 from lcl.data.tokenizers import ByteTokenizer
+from lcl.papers import code
 
 DOMAIN = "topics"
 KEYS = string.digits[:8]  # no letter: a key is never mistaken for a part of a name

@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 from lcl.report.progress import Progress
+from lcl.report.trackers import Tracker, WandB
 from lcl.report.writers import MetricsWriter
 
 # Imported when first used: a training loop needs none of them until it ends.
@@ -25,6 +26,8 @@ __all__ = [
     "MetricsWriter",
     "Progress",
     "Run",
+    "Tracker",
+    "WandB",
     "build_report",
     "diff_runs",
     "info_text",

@@ -3,7 +3,7 @@
     metrics.jsonl   one line an update:     {"step": 41, "stage": "en", "loss": 2.31, ...}
     evals.jsonl     one line an evaluation: {"step": 50, "stage_index": 0, "kind": "interval", ...}
     timings.jsonl   anything that depends on the clock: tokens/s, MFU, seconds of a save, a compile
-    tensorboard/    the same scalars, for the curves
+    tensorboard/    the same scalars, for the curves (and wherever a tracker sends them)
 
 The first two hold nothing but what is a function of (config, seed, step), so that a run that was
 killed and resumed leaves the same bytes as one that was not. `step` in metrics.jsonl is the 0-based
@@ -35,13 +35,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lcl import files
+from lcl.report.trackers import Guarded, Tracker, Tracking
 
 FILES = ("metrics", "evals", "timings")
 _NUMERIC = (int, float, np.integer, np.floating)
@@ -60,6 +61,7 @@ class MetricsWriter:
         resume_step: updates the restored state has seen; lines after it are dropped. 0 or None =
             a new run: all lines of an earlier try in this directory are dropped.
         tensorboard: also write TensorBoard events (tensorboardX is imported only then).
+        trackers: send the same scalars there too (`lcl.report.trackers`).
         primary: False on every process but the first: then nothing is written.
 
     Raises:
@@ -84,6 +86,7 @@ class MetricsWriter:
         resume_step: int | None = None,
         *,
         tensorboard: bool = True,
+        trackers: Sequence[Tracker] = (),
         primary: bool = True,
     ) -> None:
         self.run_dir = files.place(run_dir)
@@ -92,6 +95,7 @@ class MetricsWriter:
         self._logs: dict[str, _Log] = {}
         self._evals_written: set[tuple[int, Any, Any, Any]] = set()
         self._tensorboard: Any = None
+        self._trackings: list[Tracking] = []
         self._scalars_written: set[tuple[str, int]] = set()
         if not primary:
             return
@@ -118,6 +122,10 @@ class MetricsWriter:
                 self._evals_scalars(line)  # TensorBoard's purge drops steps >= resume.
         for log in self._logs.values():
             log.kept.clear()
+        # Only now: what is sent to TensorBoard again is not sent to a tracker again.
+        self._trackings = [
+            Guarded(tracker.open(run_dir, resume), type(tracker).__name__) for tracker in trackers
+        ]
 
     def metrics(self, line: Mapping[str, Any]) -> None:
         """One update: {"step", "stage", "loss", ...}; only what (config, seed, step) decides."""
@@ -175,6 +183,9 @@ class MetricsWriter:
         if self._tensorboard is not None:
             self._tensorboard.close()
             self._tensorboard = None
+        for tracking in self._trackings:
+            tracking.close()
+        self._trackings = []
         if self._mirror is not None:
             self._mirror.push()
             self._mirror.close()
@@ -208,7 +219,7 @@ class MetricsWriter:
         self._event(scalars, step)
 
     def _scalars(self, line: Mapping[str, Any], group: str) -> None:
-        if self._tensorboard is None or "step" not in line:
+        if "step" not in line or not (self._tensorboard or self._trackings):
             return
         scalars = {
             tag(group, key): value
@@ -219,7 +230,11 @@ class MetricsWriter:
 
     def _event(self, scalars: Mapping[str, Any], step: int) -> None:
         """One event for all scalars of a line: a third of the cost of one event each."""
-        if self._tensorboard is None or not scalars:
+        if not scalars:
+            return
+        for tracking in self._trackings:
+            tracking.scalars({name: float(v) for name, v in scalars.items()}, int(step))
+        if self._tensorboard is None:
             return
         from tensorboardX.proto.summary_pb2 import Summary
 

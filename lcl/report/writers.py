@@ -123,9 +123,13 @@ class MetricsWriter:
         for log in self._logs.values():
             log.kept.clear()
         # Only now: what is sent to TensorBoard again is not sent to a tracker again.
-        self._trackings = [
-            Guarded(tracker.open(run_dir, resume), type(tracker).__name__) for tracker in trackers
-        ]
+        try:
+            for tracker in trackers:
+                opened = Guarded(tracker.open(run_dir, resume), type(tracker).__name__)
+                self._trackings.append(opened)
+        except BaseException:
+            self.close()
+            raise
 
     def metrics(self, line: Mapping[str, Any]) -> None:
         """One update: {"step", "stage", "loss", ...}; only what (config, seed, step) decides."""
@@ -224,7 +228,7 @@ class MetricsWriter:
         scalars = {
             tag(group, key): value
             for key, value in line.items()
-            if key not in _AXES and isinstance(value, _NUMERIC) and not isinstance(value, bool)
+            if key not in _AXES and _is_number(value)
         }
         self._event(scalars, line["step"])
 
@@ -240,6 +244,13 @@ class MetricsWriter:
 
         values = [Summary.Value(tag=name, simple_value=float(v)) for name, v in scalars.items()]
         self._tensorboard.file_writer.add_summary(Summary(value=values), int(step))
+
+
+def _is_number(value: Any) -> bool:
+    """A number of Python or NumPy, or an array of none but one, as a device's scalar comes back."""
+    if isinstance(value, np.ndarray):
+        return value.ndim == 0 and value.dtype.kind in "iuf"
+    return isinstance(value, _NUMERIC) and not isinstance(value, bool)
 
 
 def tag(group: str, key: str) -> str:

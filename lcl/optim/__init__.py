@@ -4,6 +4,7 @@ from lcl.optim.adamw import AdamW, decay_mask
 from lcl.optim.optimizer import Optimizer
 from lcl.optim.reptile import Reptile, reptile
 from lcl.optim.schedule import Schedule
+from lcl.optim.schedule_free import ScheduleFree
 from lcl.optim.schedules import (
     constant,
     cosine,
@@ -19,6 +20,7 @@ __all__ = [
     "Optimizer",
     "Reptile",
     "Schedule",
+    "ScheduleFree",
     "constant",
     "cosine",
     "decay_mask",

@@ -215,3 +215,60 @@ def test_bad_schedules_are_refused_in_one_line(build, names):
     with pytest.raises(ValueError, match=names) as error:
         build()
     assert "\n" not in str(error.value)
+
+
+BRANCHED = {
+    "infinite": lambda start=None, steps=None: infinite(
+        peak=PEAK, constant=CONST, final=FINAL, warmup_steps=WARMUP, cooldown_steps=COOLDOWN,
+        anneal_start=start, anneal_steps=steps,
+    ),
+    **{
+        f"wsd, {decay}": lambda start=None, steps=None, decay=decay: wsd(
+            peak=PEAK, final=FINAL, warmup_steps=WARMUP, decay_start=start, decay_steps=steps,
+            decay=decay,
+        )
+        for decay in DECAYS
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BRANCHED)
+def test_an_anneal_is_the_schedules_own_counted_from_its_branch(name):
+    """At every step, before, at and after its knees: what the schedule would do from step 57."""
+    build = BRANCHED[name]
+    branch = build().anneal(ANNEAL)
+    steps = np.arange(ANNEAL + 3)
+    np.testing.assert_allclose(
+        rates(branch, steps), rates(build(57, ANNEAL), 57 + steps), rtol=1e-4
+    )
+    settled = WARMUP + COOLDOWN if name == "infinite" else WARMUP
+    assert build().constant_from == settled and build().constant_until is None
+    assert build(57, ANNEAL).constant_until == 57
+    level = float(build()(settled))
+    assert float(branch(0)) == pytest.approx(level) == pytest.approx(float(build()(10**6)))
+    np.testing.assert_allclose(rates(branch, [ANNEAL, ANNEAL + 1]), FINAL, rtol=1e-4)
+    assert repr(branch) == f"{build()!r}.anneal(steps={ANNEAL})"
+
+
+def test_a_constant_rate_anneals_linearly_to_zero():
+    schedule = constant(rate=0.4, warmup_steps=3)
+    assert schedule.constant_from == 3
+    branch = rates(schedule.anneal(4), range(6))
+    np.testing.assert_allclose(branch, [0.4, 0.3, 0.2, 0.1, 0, 0], atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "build, names",
+    [
+        (
+            lambda: cosine(peak=1, final=0.1, warmup_steps=1, total_steps=9).anneal(3),
+            "no constant phase",
+        ),
+        (lambda: inverse_sqrt(peak=1, warmup_steps=5).anneal(3), "no constant phase"),
+        (lambda: constant(rate=1.0).anneal(0), "an anneal of 0 steps"),
+    ],
+)
+def test_what_cannot_be_annealed_is_refused_in_one_line(build, names):
+    with pytest.raises(ValueError, match=names) as error:
+        build()
+    assert "\n" not in str(error.value)

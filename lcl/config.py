@@ -229,12 +229,31 @@ class Config:
         It is a normal form: sorted, free of macros, includes and addresses. Two runs differ
         exactly where their texts do, and loading the text builds equal objects.
         """
+        return self.built(name, **overrides)[1]
+
+    def built(
+        self,
+        name: str = "train",
+        change: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+        **overrides: Any,
+    ) -> tuple[dict[str, Any], str]:
+        """Builds the arguments of a configurable, and the text that would build them again.
+
+        Args:
+            name: its name, or `scope/name`.
+            change: from the arguments to those that are wanted, made of the same objects or parts
+                of them (`lcl.baselines`); None = as they are.
+            **overrides: as for `kwargs`.
+
+        Returns:
+            What `kwargs` and `operative_text` return, after the change.
+        """
         evaluation = self._evaluate(name, overrides)
         entry = _entry(name)
+        kwargs = evaluation.kwargs if change is None else change(evaluation.kwargs)
         names = {c.target: c.name for c in _CONFIGURABLES.values()}
-        return config_types.normal_form(
-            entry.name, entry.defaults | evaluation.kwargs, names, evaluation.made
-        )
+        text = config_types.normal_form(entry.name, entry.defaults | kwargs, names, evaluation.made)
+        return kwargs, text
 
     def _evaluate(self, name: str, overrides: Mapping[str, Any]) -> _Evaluation:
         entry = _entry(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from typing import Any
 
 from lcl import files
@@ -21,6 +22,13 @@ def add(command: AddCommand) -> None:
     )
     sub.add_argument(
         "--print_config", action="store_true", help="print the whole configuration and stop"
+    )
+    sub.add_argument(
+        "--baseline",
+        default=None,
+        metavar="NAME",
+        help="train a baseline of the configuration instead: joint (all at once) or naive (the "
+        "stages in turn, without replay or method)",
     )
     sub.add_argument(
         "--branch-at",
@@ -63,18 +71,29 @@ def _train(arguments: argparse.Namespace) -> int:
     if run_dir is not None:
         overrides["run_dir"] = str(run_dir)
     settings = config.load(gin_files, arguments.bindings)
+    kwargs, text = settings.built("train", _change(arguments), **overrides)
     if arguments.print_config:
-        print(settings.operative_text("train", **overrides))
+        print(text)
         return 0
     prepare_jax()
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     from lcl.train import train
 
-    text = settings.operative_text("train", **overrides)
     with logging_redirect_tqdm():  # a log line stands above the progress bar, not in it
-        train(**settings.kwargs("train", **overrides) | {"config_text": text})
+        train(**kwargs | {"config_text": text})
     return 0
+
+
+def _change(arguments: argparse.Namespace) -> Callable[[dict[str, Any]], dict[str, Any]] | None:
+    """What --baseline makes of a run's arguments."""
+    if arguments.baseline is None:
+        return None
+    if not arguments.gin_files:
+        raise ValueError("a baseline of what? give the run's --gin_file, such as RUN/config.gin")
+    from lcl.baselines import baseline
+
+    return lambda kwargs: baseline(arguments.baseline, kwargs)
 
 
 def _branch(arguments: argparse.Namespace) -> int:
@@ -82,8 +101,7 @@ def _branch(arguments: argparse.Namespace) -> int:
         raise ValueError("which run is to branch? give --run_dir=RUN")
     settings = _own_settings(arguments)
     overrides = {"run_dir": arguments.run_dir, "allow_changes": arguments.allow_changes}
-    kwargs = settings.kwargs("train", **overrides)
-    text = settings.operative_text("train", **overrides)
+    kwargs, text = settings.built("train", **overrides)
     prepare_jax()
     from tqdm.contrib.logging import logging_redirect_tqdm
 

@@ -18,21 +18,22 @@ KERNELS = {"attention", "files", "parallel"}
 ROOMS = {"data", "models", "optim", "objectives", "checkpoints", "evals", "report"}
 STORY = {"assembly", "cards", "describe", "policies", "preemption", "programs", "recorder"}
 STORY |= {"stages", "step"}
+# What a command, or a paper, may set going.
+RUNS = {"baselines", "branches", "scoring", "train"}
 ALLOWED: dict[str, set[str]] = {
     "main": {"commands"},
-    "commands": {"branches", "config", "scoring", "train", "papers", "programs", "compile"}
-    | ROOMS
-    | KERNELS,
+    "commands": RUNS | {"config", "papers", "programs", "compile"} | ROOMS | KERNELS,
     "compile": STORY | ROOMS | KERNELS,
     "config": {"config_reader", "config_types"},
     "config_reader": {"config_types", "files"},
     "files": set(),
     "config_types": set(),
-    "papers": {"scoring", "train"} | STORY | ROOMS | KERNELS,
+    "papers": RUNS | STORY | ROOMS | KERNELS,
     "train": {"branches", "sampling"} | STORY | ROOMS | KERNELS,
     "sampling": STORY | ROOMS | KERNELS,
     "scoring": STORY | ROOMS | KERNELS,
     "branches": STORY | ROOMS | KERNELS,
+    "baselines": {"stages"} | ROOMS | KERNELS,
     "cards": {"stages"} | ROOMS | KERNELS,
     "assembly": (STORY - {"assembly", "recorder"}) | ROOMS | KERNELS,
     "programs": {"step"} | ROOMS | KERNELS,

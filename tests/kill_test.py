@@ -25,13 +25,15 @@ sys.path.insert(0, str(HERE.parent))  # for the long form, run as a script
 
 
 NUM_STEPS = 80
+# Some blows fall while an annealed copy is trained beside the run.
+BRANCHES = ("--gin.HeldOut.branches=@Branches()", "--gin.Branches.anneal_steps=6")
 
 
 def command(root: pathlib.Path, run_dir: pathlib.Path, *more: str) -> list[str]:
     """`lcl train` of the tiny run."""
     return [
         *(sys.executable, "-m", "lcl.main", "train", f"--gin_file={HERE / 'tiny.gin'}"),
-        *(f"--run_dir={run_dir}", f"--gin.Data.root='{root}'", *more),
+        *(f"--run_dir={run_dir}", f"--gin.Data.root='{root}'", *BRANCHES, *more),
     ]
 
 

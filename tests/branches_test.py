@@ -21,7 +21,7 @@ from lcl.evals import Branches, HeldOut, StageClock
 from lcl.main import main
 from lcl.models import Decoder
 from lcl.objectives import NextToken
-from lcl.optim import AdamW, infinite, wsd
+from lcl.optim import AdamW, Reptile, infinite, wsd
 from lcl.optim.adamw import decay_mask
 from lcl.train import evaluate, train
 from tests import tiny
@@ -425,3 +425,24 @@ def test_the_command_line(root, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found == {"step": 15, "domains": lines(out)[-1]["domains"]}
     assert main(["info", str(out)]) == 0
+
+
+def test_a_method_with_slow_weights_branches_and_its_trunk_does_not_move(root, tmp_path):
+    """Reptile: the copy takes the slow weights along and syncs at its end; the trunk's stay."""
+    reptile = Reptile(inner=schedule_of(), every=4, step_size=0.5)
+    stages = (STAGES[0],)
+    common = {"optimizer": reptile, "stages": stages}
+    plain = train(**settings(root, tmp_path / "plain", None, **common))
+    run_dir = train(**settings(root, tmp_path / "branched", **common))
+    assert digests(run_dir, 10) == digests(plain, 10)
+    (line,) = of_branches(run_dir)
+    run = assembled(root, branches=None, **common)
+    with Checkpointer(run_dir, KEEP, read_only=True) as checkpoints:
+        state = checkpoints.restore(run.abstract_state, 7).state
+    got = anneal(annealed(run, ANNEAL), 7, state, ANNEAL)
+    slow = got.opt_state.slow
+    for mine, theirs in zip(jax.tree.leaves(got.params), jax.tree.leaves(slow), strict=True):
+        assert jnp.array_equal(mine, theirs), "the branch's end is no sync"
+    heldout = run.heldout_batches(HeldOut(rows_per_domain=8, sequence_length=64, batch_size=8))
+    again = lcl.train.evaluate_heldout(run.eval_step(run.spans[0]), got.params, heldout)
+    assert again == line["domains"]

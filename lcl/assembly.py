@@ -382,8 +382,15 @@ def assemble(
     shape = (evaluation.batch_size, evaluation.sequence_length)
     _check_splits("the evaluation", model, None, device_mesh, shape, layout)
     _check_length(model, "the evaluation", evaluation.sequence_length)
+    if evaluation.samples is not None:
+        shape = (evaluation.batch_size, evaluation.samples.row_length)
+        _check_splits("the samples", model, None, device_mesh, shape, layout)
+        _check_length(model, "Samples (prompt_length + length)", shape[1])
     for domain in stream.domains:
         _check_vocabulary(model, data, domain)
+    check_stages = getattr(objective, "check_stages", None)
+    if check_stages is not None:
+        check_stages(stages)
     branch_steps: tuple[int, ...] = ()
     if evaluation.branches is not None:
         branch_steps = evaluation.branches.begin(

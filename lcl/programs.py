@@ -192,6 +192,9 @@ def check_splits(
             f"Accumulate.pieces={pieces} does not split {batch_size} rows over data x fsdp = "
             f"{rows} devices: use {', '.join(map(str, fits))} pieces, or another batch size"
         )
+    check_rows = getattr(objective, "check_rows", None)
+    if check_rows is not None:
+        check_rows(batch_size, rows)
     check_attention(
         model.attention,
         mask=model.mask,

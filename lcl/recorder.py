@@ -124,7 +124,9 @@ class Recorder:
             for index, domain in enumerate(self._domains, start=offset):
                 if weight[index] > 0:
                     line[f"{kind}/{domain}"] = np.float32(nll[index] / weight[index])
-        return line
+        # What one looks at has no value at every step: it is then NaN, and no part of the line.
+        found = metrics.get("diagnostics", {})
+        return line | {name: value for name, value in found.items() if not np.isnan(value)}
 
     def _time(self, trained: int, flops: float, newest: Mapping[str, Any] | None) -> None:
         """Speed since the last call, without what was excluded."""

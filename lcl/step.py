@@ -11,6 +11,7 @@ import optax
 
 from lcl.data import Batch
 from lcl.models import Decoder
+from lcl.objectives.parts import value_and_grad_of
 from lcl.optim import Optimizer
 
 Metrics = Mapping[str, jax.Array]
@@ -64,11 +65,10 @@ def make_train_step(
     Returns:
       A function whose metrics are float32 device arrays: "loss" (nats/token, the exact global
       average), "grad_norm" (before clipping), "learning_rate" (the one this update uses), and the
-      objective's "weight", "nll_sum_by_source" and "weight_by_source".
+      objective's "weight", "nll_sum_by_source" and "weight_by_source"; a method's own figures, if
+      it has any, stand under "diagnostics" by name (NaN: none at this step).
     """
-    value_and_grad = getattr(objective, "value_and_grad", None)
-    if value_and_grad is None:
-        value_and_grad = jax.value_and_grad(objective, argnums=1, has_aux=True)
+    value_and_grad = value_and_grad_of(objective)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         (loss, sums), gradients = value_and_grad(model, state.params, batch, num_sources)

@@ -48,6 +48,12 @@ class Accumulate:
     def __post_init__(self) -> None:
         if isinstance(self.pieces, bool) or not isinstance(self.pieces, int) or self.pieces < 1:
             raise ValueError(f"Accumulate.pieces={self.pieces!r} must be a whole number, 1 or more")
+        if hasattr(self.objective, "value_and_grad"):
+            # Differentiated piece by piece, such an objective would lose what it does.
+            raise ValueError(
+                f"Accumulate.objective={type(self.objective).__name__} has a gradient of its own; "
+                "put Accumulate inside it"
+            )
 
     def __call__(
         self, model: Any, params: Any, batch: Any, num_sources: int

@@ -47,6 +47,7 @@ ROOMS = (
     "lcl.attention",
     "lcl.checkpoints",
     "lcl.evals",
+    "lcl.analysis",
     "lcl.report",
     "lcl.policies",
     "lcl.stages",

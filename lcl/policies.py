@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 
 from lcl import files
+from lcl.analysis.diagnostic import Diagnostic
 from lcl.report.trackers import Tracker
 
 __all__ = ["Guard", "Logging", "NonFiniteError", "check_finite", "leave_out", "read_left_out"]
@@ -25,6 +26,8 @@ class Logging:
       progress: show a progress bar (a plain line now and then where the output is no terminal).
       report: build RUN/report/index.html at the end.
       trackers: where the scalars go too, such as `lcl.report.WandB`.
+      diagnostics: what is looked at beside the loss, such as `lcl.analysis.GradientAlignment`; it
+        stands in the lines of metrics.jsonl and changes no result.
     """
 
     every_steps: int = 10
@@ -32,6 +35,7 @@ class Logging:
     progress: bool = True
     report: bool = True
     trackers: Sequence[Tracker] = ()
+    diagnostics: Sequence[Diagnostic] = ()
 
     def __post_init__(self) -> None:
         """Refuses an interval of no steps."""

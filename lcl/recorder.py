@@ -55,12 +55,26 @@ class Recorder:
         self._describe_rows = describe_rows
         self._flops_per_token = flops_per_token
         self._peak_flops = peak_flops
-        self._pending: list[tuple[int, Span, Mapping[str, jax.Array] | None]] = []
+        self._pending: list[tuple[int, Span, Mapping[str, Any] | None]] = []
         self._clock = time.monotonic()
         self._excluded = 0.0
 
-    def add(self, step: int, span: Span, metrics: Mapping[str, jax.Array] | None) -> None:
-        """Takes one step's metrics (still on the device); None for a step that was left out."""
+    def add(
+        self,
+        step: int,
+        span: Span,
+        metrics: Mapping[str, Any] | None,
+        looked: Mapping[str, jax.Array] | None = None,
+    ) -> None:
+        """Takes one step's metrics, still on the device.
+
+        Args:
+          step, span: which.
+          metrics: what the train step gave; None for a step that was left out.
+          looked: what diagnostics saw at this step (`lcl.analysis`).
+        """
+        if metrics is not None and looked:
+            metrics = {**metrics, "diagnostics": {**metrics.get("diagnostics", {}), **looked}}
         self._pending.append((step, span, metrics))
         if len(self._pending) > RUN_AHEAD:
             behind = self._pending[-1 - RUN_AHEAD][2]

@@ -26,6 +26,7 @@ from typing import Any
 import jax
 
 from lcl import files
+from lcl.analysis import Diagnostics
 from lcl.assembly import Assembly, assemble
 from lcl.branches import anneal, annealed, evaluate_branch
 from lcl.checkpoints import Checkpointer, CheckpointPolicy
@@ -183,7 +184,15 @@ def _go(
         )
         left_out = read_left_out(run_dir)
         with writer, bar:
-            loop = _Loop(run, checkpoints, writer, recorder, preemption, heldout, left_out, sampler)
+            looks = Diagnostics(
+                logging.diagnostics,
+                objective=run.objective,
+                num_sources=run.num_sources,
+                mesh=run.mesh,
+            )
+            loop = _Loop(
+                run, checkpoints, writer, recorder, preemption, heldout, left_out, looks, sampler
+            )
             return loop.run_from(step, state, evaluation, logging)
 
 
@@ -198,6 +207,7 @@ class _Loop:
     preemption: Preemption
     heldout: Any
     left_out: frozenset[int]
+    diagnostics: Diagnostics  # what is looked at beside the loss, where something is
     sampler: Sampler | None = None  # continuations at stage ends, where some are asked for
     side: Assembly | None = None  # the run on its way down, once a branch was asked for
 
@@ -241,17 +251,29 @@ class _Loop:
                 self._branch(step, state, span, evaluation)
 
             # ---- the step --------------------------------------------------------------------
+            looked = None
             if step in self.left_out:
                 state, metrics = run.skip_step(state), None
             else:
+                if self.diagnostics.due(step):
+                    looked = self._look(step, span, state, batch)
                 with jax.transfer_guard("disallow"):
                     state, metrics = train_step(state, batch)
             batch = next(batches, None)  # the next one goes to the devices while this step runs
-            self.recorder.add(step, span, metrics)
+            self.recorder.add(step, span, metrics, looked)
             step += 1
             self.checkpoints.check()
             if step % logging.every_steps == 0 or step == span.end_step:
                 self.recorder.drain()
+
+    def _look(self, step: int, span: Span, state: TrainState, batch: Batch) -> dict[str, jax.Array]:
+        """What the diagnostics see just before the update; its time is none of the training's."""
+        jax.block_until_ready(state)
+        begin = time.monotonic()
+        model = self.run.model_of(span)
+        looked = jax.block_until_ready(self.diagnostics.measure(step, model, state.params, batch))
+        self.recorder.exclude(time.monotonic() - begin)
+        return looked
 
     def _nothing_to_save_at(self, start: bool) -> contextlib.AbstractContextManager[None]:
         """Before the first step a signal ends the process at once: all there is is on disk."""

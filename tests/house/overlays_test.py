@@ -16,14 +16,22 @@ OVERLAYS = [
     "configs/data/mixture_staged.gin",
     "configs/data/subset_epochs.gin",
     "configs/data/token_budgets.gin",
+    "configs/methods/a_gem.gin",
+    "configs/methods/alignment.gin",
     "configs/methods/branches.gin",
     "configs/methods/endprompt.gin",
+    "configs/methods/inverse_sqrt.gin",
     "configs/methods/pose.gin",
+    "configs/methods/repeated_cosine.gin",
     "configs/methods/replay.gin",
     "configs/methods/replay_balanced.gin",
     "configs/methods/replay_contiguous.gin",
     "configs/methods/replay_reservoir.gin",
+    "configs/methods/reptile.gin",
+    "configs/methods/schedule_free.gin",
     "configs/methods/skyladder.gin",
+    "configs/methods/within_batch_reptile.gin",
+    "configs/methods/wsd.gin",
 ]
 
 

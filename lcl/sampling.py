@@ -23,7 +23,7 @@ from lcl.evals.samples import LogitsFn, choose_prompts, make_generate, pad_promp
 from lcl.models import Decoder, DecoderConfig
 from lcl.models.dense import dense_dot
 from lcl.parallel import rules
-from lcl.programs import check_splits, on_mesh
+from lcl.programs import on_mesh
 from lcl.stages import Span
 
 __all__ = ["SAMPLES_FILE", "Sampler"]
@@ -38,9 +38,6 @@ class Sampler:
       run: the run.
       run_dir: its directory.
       evaluation: its `samples` and the domains that are evaluated.
-
-    Raises:
-      ValueError: rows that the mesh, the attention or the model cannot take.
     """
 
     def __init__(self, run: Assembly, run_dir: pathlib.Path, evaluation: HeldOut) -> None:
@@ -48,18 +45,10 @@ class Sampler:
         self._run, self._samples = run, evaluation.samples
         self._path = files.place(run_dir) / SAMPLES_FILE
         self._shape = (evaluation.batch_size, self._samples.row_length)
-        if self._shape[1] > run.model.context_length:
-            raise ValueError(
-                f"Samples has rows of {self._shape[1]} tokens (prompt_length + length), but "
-                f"DecoderConfig.context_length is {run.model.context_length}; shorten one of them"
-            )
-        try:
-            check_splits(run.model, None, run.mesh, self._shape, run.model.context_layout)
-        except ValueError as error:
-            raise ValueError(f"the samples: {error}") from error
         self._tokenizer = run.data.tokenizer()
         domains = run.stream.domains if evaluation.domains is None else evaluation.domains
         self._prompts = choose_prompts(run.data, domains, self._samples)
+        self._programs: dict[DecoderConfig, Any] = {}
 
     def write(self, step: int, span: Span, params: Any) -> list[dict[str, Any]]:
         """Samples under the model of a stage, and writes the lines of this step, whole.
@@ -98,15 +87,17 @@ class Sampler:
 
     def _program(self, span: Span) -> Any:
         model = self._run.model_of(span)
-        generate = make_generate(
-            decoder_logits(model, self._run.mesh.shape["context"]),
-            length=self._samples.length,
-            temperature=self._samples.temperature,
-            vocab_size=self._tokenizer.vocab_size,
-        )
-        # Replicated, so that every process can read all of it.
-        whole = jax.sharding.NamedSharding(self._run.mesh, jax.sharding.PartitionSpec())
-        return jax.jit(generate, out_shardings=whole)
+        if model not in self._programs:
+            generate = make_generate(
+                decoder_logits(model, self._run.mesh.shape["context"]),
+                length=self._samples.length,
+                temperature=self._samples.temperature,
+                vocab_size=self._tokenizer.vocab_size,
+            )
+            # Replicated, so that every process can read all of it.
+            whole = jax.sharding.NamedSharding(self._run.mesh, jax.sharding.PartitionSpec())
+            self._programs[model] = jax.jit(generate, out_shardings=whole)
+        return self._programs[model]
 
 
 def decoder_logits(model: DecoderConfig, context: int) -> LogitsFn:

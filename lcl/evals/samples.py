@@ -93,12 +93,12 @@ def choose_prompts(data: Any, domains: Sequence[str], samples: Samples) -> list[
         store = data.open(domain, "heldout")
         key = named_key("samples", domain, bits=128)
         order = shuffle_with_key(store.num_documents, key)
-        lengths = np.asarray(store.lengths)[order]
-        short = lengths < samples.row_length
+        short = np.asarray(store.lengths)[order] <= samples.row_length  # eos is no text
         for index in order[np.argsort(short, kind="stable")][: samples.num_per_domain].tolist():
             tokens = np.asarray(store.document(index), np.int32)
-            text = tokens[:-1]  # without eos, which is no text to compare with
-            cut = min(samples.prompt_length, max(1, len(text) // 2))
+            text, cut = tokens[:-1], samples.prompt_length
+            if len(text) < samples.row_length:
+                cut = min(cut, max(1, len(text) // 2))
             prompts.append(
                 Prompt(
                     domain,

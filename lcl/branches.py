@@ -196,15 +196,7 @@ def _train(
         flop_convention=side.flop_convention,
         enabled=logging.progress and primary,
     )
-    recorder = Recorder(
-        writer,
-        bar,
-        domains=side.stream.domains,
-        describe_rows=side.describe_rows,
-        tokens=restored.metadata["tokens"],
-        flops_per_token=side.flops_at,
-        peak_flops=side.peak_flops,
-    )
+    recorder = Recorder.of(side, writer, bar, restored.metadata["tokens"])
     left_out = read_left_out(settings["run_dir"])
     where = {"stage_index": 0, "stage": span.stage.name}
 

@@ -69,13 +69,20 @@ def compile(  # the word of the command line
         raise ValueError(NEEDS_LIBTPU)
     chosen = _choose_stage(train["stages"], stage)
     work = _Work.of(train, chosen, slice_, abstract)
+    whole = not abstract and (num_layers is None or num_layers >= work.model.num_layers)
+    if (save or hlo) and not whole:
+        how = "--abstract" if abstract else f"--layers {num_layers}"
+        raise ValueError(
+            f"{how} compiles no whole program, so there is none for --save or --hlo: leave one out"
+        )
     report = work.describe(title)
     report["anchor"] = dict(anchor) if anchor else None
     if abstract:
         return report
-    if num_layers is None or num_layers >= work.model.num_layers:
+    if whole:
         work.compile_into(report, compiler_options, save, hlo)
     else:
+        assert num_layers is not None
         _extrapolate(work, report, compiler_options, num_layers)
     return report
 

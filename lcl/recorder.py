@@ -59,6 +59,19 @@ class Recorder:
         self._clock = time.monotonic()
         self._excluded = 0.0
 
+    @classmethod
+    def of(cls, run: Any, writer: MetricsWriter, bar: Progress, tokens: int) -> Recorder:
+        """The recorder of a loop over `run`, an `lcl.assembly.Assembly`."""
+        return cls(
+            writer,
+            bar,
+            domains=run.stream.domains,
+            describe_rows=run.describe_rows,
+            tokens=tokens,
+            flops_per_token=run.flops_at,
+            peak_flops=run.peak_flops,
+        )
+
     def add(
         self,
         step: int,

@@ -173,15 +173,7 @@ def _go(
             flop_convention=run.flop_convention,
             enabled=logging.progress and primary,
         )
-        recorder = Recorder(
-            writer,
-            bar,
-            domains=run.stream.domains,
-            describe_rows=run.describe_rows,
-            tokens=tokens,
-            flops_per_token=run.flops_at,
-            peak_flops=run.peak_flops,
-        )
+        recorder = Recorder.of(run, writer, bar, tokens)
         left_out = read_left_out(run_dir)
         with writer, bar:
             looks = Diagnostics(

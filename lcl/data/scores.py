@@ -32,6 +32,7 @@ import numpy as np
 
 from lcl.data.fingerprints import fingerprint
 from lcl.data.store_writer import StoreError
+from lcl.data.tokenizers import write_atomically
 
 PREFIX = "scores:"  # of Subset.by
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*", re.IGNORECASE)
@@ -104,14 +105,8 @@ def write_scores(store: Any, name: str, values: np.ndarray, about: Mapping[str, 
     content = io.BytesIO()
     whole = {**about, "store": store.fingerprint}
     np.savez(content, values=values, about=np.array(json.dumps(whole, sort_keys=True)))
-    draft = f"{path}.{os.getpid()}.tmp"
     try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(draft, "wb") as file:
-            file.write(content.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
+        write_atomically(path, content.getvalue())
     except OSError as error:
         raise StoreError(
             f"cannot write scores to {path!r} ({error.strerror}); make its folder writable"

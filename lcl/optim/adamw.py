@@ -74,16 +74,10 @@ class AdamW(Optimizer):
 
     def build(self) -> optax.GradientTransformation:
         """The chain; its state is the dictionary `{"clip", "adam", "decay", "lr"}`."""
-        clip = optax.identity()
-        if self.clip_norm is not None:
-            clip = optax.clip_by_global_norm(self.clip_norm)
-        decay = optax.add_decayed_weights(
-            self.weight_decay, mask=lambda params: decay_mask(params, self.decay_rules)
-        )
         return optax.named_chain(
-            ("clip", clip),
+            ("clip", clip(self.clip_norm)),
             ("adam", optax.scale_by_adam(self.b1, self.b2, self.eps)),
-            ("decay", decay),
+            ("decay", decay(self.weight_decay, self.decay_rules)),
             ("lr", optax.scale_by_learning_rate(self.schedule)),
         )
 
@@ -118,6 +112,16 @@ class AdamW(Optimizer):
     def constant_until(self) -> int | None:
         """See `Optimizer`."""
         return constant_phase(self.schedule)[1]
+
+
+def clip(norm: float | None) -> optax.GradientTransformation:
+    """Scales the gradient down to this global L2 norm; None leaves it."""
+    return optax.identity() if norm is None else optax.clip_by_global_norm(norm)
+
+
+def decay(rate: float, rules: Sequence[tuple[str, bool]]) -> optax.GradientTransformation:
+    """Decoupled weight decay of the parameters that `decay_mask` chooses."""
+    return optax.add_decayed_weights(rate, mask=lambda params: decay_mask(params, rules))
 
 
 def decay_mask(params: Any, rules: Sequence[tuple[str, bool]] = DECAY_RULES) -> Any:

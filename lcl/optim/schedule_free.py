@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lcl.optim.adamw import DECAY_RULES, decay_mask
+from lcl.optim.adamw import DECAY_RULES, clip, decay
 from lcl.optim.optimizer import Optimizer
 from lcl.optim.schedule import Schedule
 from lcl.optim.schedules import constant
@@ -84,22 +84,14 @@ class ScheduleFree(Optimizer):
 
     def build(self) -> optax.GradientTransformation:
         """The chain; its state is Optax's ScheduleFreeState around a dictionary by name."""
-        clip = optax.identity()
-        if self.clip_norm is not None:
-            clip = optax.clip_by_global_norm(self.clip_norm)
         base = optax.named_chain(
-            ("clip", clip),
+            ("clip", clip(self.clip_norm)),
             # Adam whose b1 is 0, without the first moment that would be a copy of the gradient.
             (
                 "adam",
                 optax.scale_by_rms(self.b2, self.eps, eps_in_sqrt=False, bias_correction=True),
             ),
-            (
-                "decay",
-                optax.add_decayed_weights(
-                    self.weight_decay, mask=lambda params: decay_mask(params, self.decay_rules)
-                ),
-            ),
+            ("decay", decay(self.weight_decay, self.decay_rules)),
             ("lr", optax.scale_by_learning_rate(self.schedule)),
         )
         return optax.contrib.schedule_free(base, self.schedule, b1=self.b1)

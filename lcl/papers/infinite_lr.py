@@ -19,11 +19,10 @@ evaluations every `interval` steps. The measured result stands in configs/papers
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lcl.data import Replay
-from lcl.evals import Branches, HeldOut
+from lcl.evals import Branches
 from lcl.optim import AdamW, infinite, repeated_cosine
 from lcl.papers import figures
 from lcl.papers.claims import Claim, Values
@@ -189,22 +188,16 @@ class InfiniteLR(StreamPaper):
         for replay, suffix in ((None, ""), (Replay(0.25), REPLAYED)):
             for schedule in SCHEDULES:
                 stages = self.sequence(replay)
-                changes: Mapping[str, Any] = {}
-                if schedule == INFINITE:
-                    changes = {"evaluation": self.branched()}
+                branches = self.branches if schedule == INFINITE else None
                 optimizer = self.optimizer(schedule)
-                runs.append(self.run(schedule + suffix, seed, data, stages, optimizer, **changes))
+                arm = schedule + suffix
+                runs.append(self.run(arm, seed, data, stages, optimizer, branches=branches))
         return runs
 
-    def branched(self) -> HeldOut:
-        """The evaluation of the infinite arms: a branch for each stage's end."""
-        return HeldOut(
-            every_steps=self.interval,
-            rows_per_domain=self.rows,
-            sequence_length=self.sequence_length,
-            batch_size=min(self.rows, 32),
-            branches=Branches(anneal_steps=self.anneal_steps),
-        )
+    @property
+    def branches(self) -> Branches:
+        """The infinite arms' annealed copies: one for each stage's end."""
+        return Branches(anneal_steps=self.anneal_steps)
 
     def remarks(self, out: pathlib.Path) -> list[str]:
         """The interval, and what the columns of the infinite arms are."""

@@ -16,6 +16,7 @@ else in this room knows a paper.
 
 from __future__ import annotations
 
+import abc
 import json
 import logging as logs
 import os
@@ -40,7 +41,7 @@ TABLE_FILE, RESULTS_FILE = "table.txt", "results.json"
 FIGURE_FILES = ("figure.png", "figure.svg")
 
 
-class Paper:
+class Paper(abc.ABC):
     """What a paper's file gives: a frozen dataclass of sizes, so that a tier is another instance.
 
     name: its file in lcl/papers. title: with the paper's number. equal: what the compared runs
@@ -49,28 +50,28 @@ class Paper:
     """
 
     @property
-    def name(self) -> str:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def name(self) -> str: ...
 
     @property
-    def title(self) -> str:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def title(self) -> str: ...
 
     @property
-    def equal(self) -> str:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def equal(self) -> str: ...
 
     @property
-    def claims(self) -> Sequence[Claim]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def claims(self) -> Sequence[Claim]: ...
 
     @property
-    def columns(self) -> Mapping[str, str]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def columns(self) -> Mapping[str, str]: ...
 
+    @abc.abstractmethod
     def runs(self, seed: int, out: pathlib.Path) -> Sequence[PaperRun]:
         """The runs of one repetition; what they share (a corpus) is made under `out`."""
-        raise NotImplementedError
 
     def derive(self, values: Values, out: pathlib.Path) -> Values:
         """Arms that are no runs: what is fitted or interpolated over the runs of a seed."""

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from lcl.data import Data, Mixture, Replay, StageData
-from lcl.evals import HeldOut
+from lcl.evals import Branches, HeldOut
 from lcl.models import DecoderConfig
 from lcl.models.rope import Rope
 from lcl.papers import code
@@ -145,6 +145,7 @@ def settings(
     interval: int | None,
     rows: int,
     domains: Sequence[str] | None = None,
+    branches: Branches | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
     """Arguments of `train` for a run over a stream.
@@ -154,6 +155,7 @@ def settings(
       interval: steps between evaluations within stages; None = at the stages' ends only.
       rows: held-out rows a domain.
       domains: which are evaluated; None = the run's.
+      branches: annealed copies to evaluate too.
       **changes: other arguments of `train`.
     """
     first = stages[0].data
@@ -166,6 +168,7 @@ def settings(
         sequence_length=first.sequence_length,
         batch_size=min(rows, 32),
         domains=None if domains is None else tuple(domains),
+        branches=branches,
     )
     own = {"seed": seed, "data": data, "stages": tuple(stages), "optimizer": optimizer}
     return shared | own | {"evaluation": evaluation} | changes

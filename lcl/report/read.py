@@ -118,9 +118,13 @@ class Run:
         return _series(self.metrics, lambda line: line.get(key))
 
     def heldout(self, domain: str, unit: str = "nats_per_token") -> tuple[np.ndarray, np.ndarray]:
-        """(updates done, held-out loss) of a domain, one point an evaluation."""
+        """(updates done, held-out loss) of a domain, one point an evaluation of the run itself.
+
+        A branch is none: it ends at a step of the trunk, with another model.
+        """
+        trunk = [line for line in self.evals if line.get("kind") != "branch"]
         steps, values = _series(
-            self.evals, lambda line: (line.get("domains") or {}).get(domain, {}).get(unit)
+            trunk, lambda line: (line.get("domains") or {}).get(domain, {}).get(unit)
         )
         steps, first = np.unique(steps, return_index=True)  # A stage's end may be an interval too.
         return steps, values[first]

@@ -204,9 +204,9 @@ def arm_settings(name, tmp_path):
     if name == "mer":
         return full.run("", 0, data, *full.arms()[mer.MER_01]).settings
     if name == "infinite_lr":
-        optimizer, evaluation = full.optimizer(infinite_lr.INFINITE), full.branched()
+        optimizer, branches = full.optimizer(infinite_lr.INFINITE), full.branches
         stages = full.sequence(Replay(0.25))
-        return full.run("", 0, data, stages, optimizer, evaluation=evaluation).settings
+        return full.run("", 0, data, stages, optimizer, branches=branches).settings
     if name == "replay_scaling":
         model = full.model("L")
         return full.run(

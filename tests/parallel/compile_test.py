@@ -156,6 +156,7 @@ def test_a_topology_unknown_or_too_small_and_no_libtpu_are_one_line(tmp_path, mo
     assert "nearest: 'v5e-4'" in refused("--topology=v5e-3")
     assert "there is no stage 'other'; there is tiny" in refused("--stage=other", "--abstract")
     assert "does not divide" in refused("--gin.MeshConfig.fsdp=3", "--abstract")
+    assert "--abstract compiles no whole program" in refused("--abstract", "--hlo=none.txt")
     monkeypatch.setattr(compiling, "libtpu_installed", lambda: False)
     assert "pip install -e '.[tpu]'" in refused()
 

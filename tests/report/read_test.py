@@ -33,6 +33,21 @@ def test_a_run_that_is_still_going(runs):
     assert steps.tolist() == [0, 10, 20, 30, 40] and len(values) == 5
 
 
+def test_a_branch_is_no_point_of_the_curve(runs, tmp_path):
+    """It stands before the line of the stage whose end it shares, with another loss."""
+    shutil.copytree(runs["plain"], tmp_path / "run")
+    path = tmp_path / "run" / "evals.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    end = next(line for line in lines if line["kind"] == "stage_end")
+    before = Run.load(tmp_path / "run").heldout("python")
+    scores = {domain: {"nats_per_token": 0.5} for domain in end["domains"]}
+    branch = end | {"kind": "branch", "branch_from": end["step"] - 5, "domains": scores}
+    lines.insert(lines.index(end), branch)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    after = Run.load(tmp_path / "run").heldout("python")
+    assert [x.tolist() for x in after] == [x.tolist() for x in before]
+
+
 def test_a_torn_last_line_is_passed_over(runs, tmp_path):
     shutil.copytree(runs["plain"], tmp_path / "run")
     with open(tmp_path / "run" / "metrics.jsonl", "ab") as file:

@@ -78,16 +78,23 @@ start() {
   shift
   if running "$name"; then say "$name runs already on $(hostname)"; return; fi
   mkdir -p "$folder"
-  rm -f "$folder/code"
-  # A session of its own, so that the end of the ssh connection is not its end.
+  rm -f "$folder/code" "$folder/pid"
+  # A session of its own, so that the end of the ssh connection is not its end. It writes its pid
+  # itself, from within that session: before it has, this connection must not end.
   setsid nohup "$0" _detached "$name" "$@" >>"$folder/log" 2>&1 </dev/null &
-  echo $! >"$folder/pid"
+  for ((tries = 0; tries < 200; tries++)); do
+    if [[ -f "$folder/pid" ]]; then break; fi
+    sleep 0.05
+  done
+  [[ -f "$folder/pid" ]] || die "$name did not start on $(hostname); log: $folder/log"
   say "$name started on $(hostname); log: $folder/log"
 }
 
 detached() {
   local name="$1" code=0
   shift
+  echo $$ >"$STATE/$name/pid.new"
+  mv "$STATE/$name/pid.new" "$STATE/$name/pid"
   train "$@" || code=$?
   echo "$code" >"$STATE/$name/code"
   return "$code"

@@ -131,7 +131,10 @@ class Assembly:
                 lambda key: rules.unbox(boxed_state(self.model, self.chain, key)),
                 out_shardings=shardings(self.abstract_state),
             )
-            return init(named_key(self.seed, "params"))
+            key = named_key(self.seed, "params")
+            with self.compiler.tracing:  # the first stage's step may be traced at this moment
+                lowered = init.lower(key)
+            return lowered.compile()(key)
 
     def enter(self, span: Span, state: TrainState) -> TrainState:
         """What the stage's policy makes of the state: moments, clock, parameter transform."""

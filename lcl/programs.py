@@ -225,6 +225,9 @@ class Compiler:
 
     Attributes:
       seconds: how long each compilation took, by name.
+      tracing: held while a program is traced. Flax makes classes of lifted modules as it traces,
+        and changes their base's table of fields meanwhile, so no two threads may; XLA's part of a
+        compilation runs beside it.
     """
 
     def __init__(self, mesh: jax.sharding.Mesh) -> None:
@@ -232,6 +235,7 @@ class Compiler:
         self._mesh = mesh
         self._executables: dict[Any, concurrent.futures.Future[Any]] = {}
         self._lock = threading.Lock()
+        self.tracing = threading.Lock()
 
     def __len__(self) -> int:
         """How many programs there are, those under way included."""
@@ -258,7 +262,9 @@ class Compiler:
         begin = time.monotonic()
         try:
             with on_mesh(self._mesh):
-                future.set_result(jitted.lower(*example).compile())
+                with self.tracing:
+                    lowered = jitted.lower(*example)
+                future.set_result(lowered.compile())
         except BaseException as error:
             future.set_exception(error)
             raise

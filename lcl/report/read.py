@@ -3,6 +3,7 @@
     RUN/run_card.json   what was configured           RUN/metrics.jsonl   one line an update
     RUN/config.gin      the same as gin text          RUN/evals.jsonl     one line an evaluation
     RUN/checkpoints/    (only listed here)            RUN/timings.jsonl   what the clock decided
+    RUN/branches/       side runs, made afterwards    RUN/samples.jsonl   continuations, as text
 
 Every part but one of the card and the metrics may be missing: reports are made of what is there. A
 torn last line (the run is writing it, or was killed) is passed over.
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lcl.evals.loss_matrix import LossMatrix
+from lcl.evals.stability_gap import StabilityGap
 from lcl.report.writers import parse_line
 
 CARD = "run_card.json"
@@ -42,6 +44,29 @@ class StageInfo(NamedTuple):
         return self.first_step + self.num_steps
 
 
+class Branch(NamedTuple):
+    """An annealed copy that was evaluated, in the loop (`HeldOut.branches`) or from a checkpoint.
+
+    stage: its name; branch_from, step: updates done where it left the run and where it ended;
+    domains: as in evals.jsonl, {domain: {unit: loss}}, a loss that was no number being None.
+    """
+
+    stage: str
+    branch_from: int
+    step: int
+    domains: Mapping[str, Any]
+
+    @property
+    def anneal_steps(self) -> int:
+        """Updates between the two ends."""
+        return self.step - self.branch_from
+
+    def loss(self, domain: str, unit: str) -> float | None:
+        """The branch's held-out loss; None: not measured, or not finite."""
+        value = (self.domains.get(domain) or {}).get(unit)
+        return float(value) if isinstance(value, (int, float)) and np.isfinite(value) else None
+
+
 @dataclass(eq=False)
 class Run:
     """What a run has written so far.
@@ -51,6 +76,8 @@ class Run:
         card: run_card.json ({} when missing).
         metrics, evals, timings: the lines of the logs, oldest first.
         stages: as configured, the ones that have not begun included.
+        samples: the lines of samples.jsonl.
+        branches: annealed side runs, by where they left.
     """
 
     path: Path
@@ -60,6 +87,8 @@ class Run:
     evals: list[dict[str, Any]]
     timings: list[dict[str, Any]]
     stages: tuple[StageInfo, ...] = field(default=())
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    branches: tuple[Branch, ...] = field(default=())
 
     @classmethod
     def load(cls, run_dir: str | os.PathLike[str], name: str | None = None) -> Run:
@@ -73,13 +102,23 @@ class Run:
             raise ValueError(_not_a_run(path))
         try:
             card = _read_card(path / CARD)
-            logs = [_read_lines(path / f"{n}.jsonl") for n in ("metrics", "evals", "timings")]
+            names = ("metrics", "evals", "timings", "samples")
+            metrics, evals, timings, samples = (_read_lines(path / f"{n}.jsonl") for n in names)
+            branches = _branches(path, evals)
         except OSError as error:
             reason = error.strerror or error
             raise ValueError(f"cannot read {error.filename or path}: {reason}") from error
-        metrics, evals, timings = logs
-        stages = _stages(card, metrics)
-        return cls(path, name or path.resolve().name, card, metrics, evals, timings, stages)
+        return cls(
+            path=path,
+            name=name or path.resolve().name,
+            card=card,
+            metrics=metrics,
+            evals=evals,
+            timings=timings,
+            stages=_stages(card, metrics),
+            samples=samples,
+            branches=branches,
+        )
 
     @property
     def num_steps(self) -> int:
@@ -103,14 +142,24 @@ class Run:
 
     @property
     def has_bytes(self) -> bool:
-        """Do the evaluations know bits/byte?"""
+        """Do the evaluations know bits/byte? One that came out as no number says nothing of it."""
         values = [v for line in self.evals for v in (line.get("domains") or {}).values()]
-        return bool(values) and all(v.get("bits_per_byte") is not None for v in values)
+        known = [(v.get("nats_per_token"), v.get("bits_per_byte")) for v in values]
+        known = [(nats, bits) for nats, bits in known if nats is not None or bits is not None]
+        return bool(known) and all(bits is not None for _, bits in known)
 
     def loss_matrix(self, unit: str = "nats_per_token") -> LossMatrix:
         """The matrix of the stages that have ended; its columns know the stages still to come."""
         return LossMatrix.from_evals(
             self.evals, [s.name for s in self.stages], [s.domains for s in self.stages], unit=unit
+        )
+
+    def stability_gap(self, unit: str = "nats_per_token") -> StabilityGap:
+        """What each stage does to the domains before it, between its two ends, so far."""
+        # Without a card the stages are those of the metrics, and an evaluation may know of more.
+        known = [e for e in self.evals if int(e.get("stage_index") or 0) < max(1, len(self.stages))]
+        return StabilityGap.from_evals(
+            known, [s.name for s in self.stages], [s.domains for s in self.stages], unit=unit
         )
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -226,6 +275,25 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     lines = (parse_line(raw) for raw in path.read_bytes().split(b"\n") if raw)
     return [line for line in lines if line is not None]
+
+
+def _branches(path: Path, evals: Sequence[Mapping[str, Any]]) -> tuple[Branch, ...]:
+    """Those of the loop, then those of RUN/branches/STEP-N that the loop has not made itself."""
+    found = {
+        (line["branch_from"], line["step"]): Branch(
+            str(line.get("stage", "")), line["branch_from"], line["step"], line.get("domains") or {}
+        )
+        for line in evals
+        if line.get("kind") == "branch"
+    }
+    for log in sorted(path.glob("branches/*/evals.jsonl")):
+        # A side run that was cut short has no end.
+        ends = {line.get("kind"): line for line in _read_lines(log)}
+        start, end = ends.get("start"), ends.get("stage_end")
+        if start and end:
+            key = (start["step"], end["step"])
+            found.setdefault(key, Branch(str(end.get("stage", "")), *key, end.get("domains") or {}))
+    return tuple(found[key] for key in sorted(found))
 
 
 def _stages(card: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> tuple[StageInfo, ...]:

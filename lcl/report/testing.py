@@ -25,6 +25,9 @@ def write_run(
     eval_every: int = 20,
     stop: int | None = None,
     seed: int = 0,
+    branch_steps: int = 0,
+    look_every: int = 0,
+    samples: bool = False,
 ) -> Path:
     """Writes a run with plausible curves: one stage a domain, each forgetting the ones before.
 
@@ -36,6 +39,9 @@ def write_run(
         eval_every: steps between evaluations.
         stop: updates after which the run was cut; None = it finished.
         seed: of the noise.
+        branch_steps: length of an annealed branch that ends with each stage; 0 = none.
+        look_every: steps between looks at the gradients' cosine, where text is replayed; 0 = none.
+        samples: whether continuations are written at the end of each stage.
     """
     rng = np.random.default_rng(seed)
     run_dir = Path(run_dir)
@@ -46,8 +52,10 @@ def write_run(
     new = dict.fromkeys(domains, 0)
     replayed = dict.fromkeys(domains, 0)
     rows, length = 8, 256
+    continuations: list[str] = []
 
-    def heldout() -> dict[str, dict[str, float]]:
+    def heldout(share: float = 1.0) -> dict[str, dict[str, float]]:
+        scores = {d: v * share for d, v in loss.items()}
         return {
             d: {
                 "nats_per_token": round(v, 6),
@@ -55,8 +63,23 @@ def write_run(
                 "tokens": 16384,
                 "bytes": 16100,
             }
-            for d, v in loss.items()
+            for d, v in scores.items()
         }
+
+    def sampled(step: int, stage: str) -> str:
+        return json.dumps(
+            {
+                "step": step,
+                "stage_index": list(domains).index(stage),
+                "stage": stage,
+                "domain": domains[0],
+                "document": 7,
+                "prompt": f"The {stage} reader <b>opens</b> & ",
+                "continuation": f"closes \x00 what {stage} wrote",
+                "ended": False,
+                "reference": "closes the file.",
+            }
+        )
 
     with MetricsWriter(run_dir, None, tensorboard=False) as writer:
         trained = 0
@@ -64,6 +87,9 @@ def write_run(
             index, inside = divmod(step, steps_per_stage)
             current = domains[index]
             where = {"stage_index": index, "stage": current}
+            if branch_steps and (step + branch_steps) % steps_per_stage == 0:
+                line = {"step": step + branch_steps, **where, "kind": "branch"}
+                writer.evals({**line, "branch_from": step, "domains": heldout(0.95)})
             if step == 0:
                 writer.evals({"step": 0, **where, "kind": "start", "domains": heldout()})
             for domain in everything:
@@ -91,6 +117,11 @@ def write_run(
                 for domain in domains[:index]:
                     line[f"replay_loss/{domain}"] = np.float32(loss[domain] + rng.normal(0, 0.08))
                     replayed[domain] += share
+                if look_every and step % look_every == 0:
+                    for layer in range(2):
+                        cosine = np.float32(math.cos(step / 9 + layer) / 4)
+                        line[f"gradient_cosine/layer_{layer:02d}"] = cosine
+                    line["gradient_cosine"] = np.float32(math.cos(step / 9 + 0.5) / 4)
             writer.metrics(line)
             done = step + 1
             if done % 10 == 0:
@@ -105,8 +136,11 @@ def write_run(
                 )
             if done % steps_per_stage == 0:
                 writer.evals({"step": done, **where, "kind": "stage_end", "domains": heldout()})
+                continuations.append(sampled(done, current))
             elif done % eval_every == 0:
                 writer.evals({"step": done, **where, "kind": "interval", "domains": heldout()})
+    if samples:
+        (run_dir / "samples.jsonl").write_text("".join(f"{line}\n" for line in continuations))
     shape = [round(rows / (1 - replay)), length]
     card = {
         "identity": {"seed": str(seed), "model.num_layers": "4"},

@@ -1,8 +1,10 @@
-"""From run directories to one page: report/index.html, with its figures beside it as PNG files.
+"""From run directories to one page: report/index.html, with its figures beside it as files.
 
     RUN/report/index.html          everything, images inline: this one file can be sent around
-    RUN/report/heldout.png, ...    the figures, light and dark
-    RUN/report/summary.png         curves and matrix in one picture, for a README or a talk
+    RUN/report/heldout.png, ...    the figures, light and dark, each as PNG and as SVG
+    RUN/report/summary.png, .svg   curves and matrix in one picture, for a README or a talk
+
+What a run does not have (a second stage, branches, diagnostics, samples) the page does not mention.
 
 Several runs are compared on one page, tables first, in RUN/report/compare/ of the first of them.
 A run that is still going is reported as far as it has come. The same logs give the same bytes.
@@ -10,22 +12,21 @@ A run that is still going is reported as far as it has come. The same logs give 
 
 from __future__ import annotations
 
-import io
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from lcl.evals.loss_matrix import SIGNS, UNITS, format_loss
-from lcl.report import page, plots, text
+from lcl import files
+from lcl.evals.loss_matrix import UNITS, format_loss
+from lcl.report import heat, page, plots, retention, text
+from lcl.report.alignment import alignment_section
+from lcl.report.branches import branches_section
+from lcl.report.figures import links, put_figure
 from lcl.report.progress import duration, human
 from lcl.report.read import Run, load_runs
-
-_HEAT = (
-    "Held-out loss, {unit}. A stronger colour is a lower loss within its column; the outlined cell "
-    "is the stage that trained the domain."
-)
+from lcl.report.samples import samples_section
 
 
 def build_report(
@@ -53,9 +54,9 @@ def build_report(
         folder.mkdir(parents=True, exist_ok=True)
         body = _one(runs[0], folder) if len(runs) == 1 else _several(runs, folder)
         if any(run.evals for run in runs):
-            plots.save(plots.draw_summary(runs), folder / "summary.png")
+            plots.save(heat.draw_summary(runs), folder / "summary.png", svg=folder / "summary.svg")
         title = " and ".join(run.name for run in runs)
-        _write(folder / "index.html", page.document(f"{title} · lcl", body).encode())
+        files.write_whole(folder / "index.html", page.document(f"{title} · lcl", body).encode())
     except OSError as error:
         raise ValueError(
             f"cannot write the report to {error.filename or folder}: "
@@ -71,17 +72,17 @@ def _one(run: Run, folder: Path) -> list[str]:
         "<main>",
         *_sections(run, folder, prefix=""),
         "</main>",
-        _footer(),
+        _footer(bool(run.evals)),
     ]
 
 
 def _several(runs: Sequence[Run], folder: Path) -> list[str]:
     """The page of a comparison: tables, curves, matrices, then each run by itself."""
     unit = plots.common_unit(runs)
-    names = " and ".join(escape(run.name) for run in runs)
+    names = " and ".join(run.name for run in runs)
     parts = [
-        f"<header><h1>{names}</h1>",
-        f'<p class="soft">{_sentence(text.held_sentence(runs))}</p></header>',
+        f"<header><h1>{escape(names)}</h1>",
+        f'<p class="soft">{retention.sentence(text.held_sentence(runs))}</p></header>',
         "<main>",
         "<h2>What each kept and what it forgot</h2>",
         '<div class="groups">',
@@ -92,19 +93,22 @@ def _several(runs: Sequence[Run], folder: Path) -> list[str]:
         shown = ", ".join(dict.fromkeys(d for run in runs for d in run.domains))
         parts += [
             "<h2>Held-out loss, run by run</h2>",
-            _figure(
+            put_figure(
                 folder,
                 "comparison",
                 lambda theme, narrow: plots.draw_comparison(runs, theme, unit, narrow),
-                f"Held-out loss over the steps of {names}, one panel each for {escape(shown)}.",
-                f"One panel a domain; stages as bands. {_interval(runs[0])}",
+                f"Held-out loss over the steps of {names}, one panel each for {shown}.",
+                f"One panel a domain; stages as bands. {retention.interval(runs[0])}",
             ),
             "<h2>Loss matrices</h2>",
-            f'<p class="soft">{_HEAT.format(unit=UNITS[unit])}</p>',
+            f'<p class="soft">{retention.HEAT.format(unit=UNITS[unit])}</p>',
             '<div class="groups">',
-            *(_heat(run, unit, f"<strong>{escape(run.name)}</strong>") for run in runs),
+            *(
+                retention.heat_html(run, unit, f"<strong>{escape(run.name)}</strong>")
+                for run in runs
+            ),
             "</div>",
-            _signs(),
+            retention.signs(),
         ]
     for index, run in enumerate(runs):
         parts += [
@@ -113,7 +117,7 @@ def _several(runs: Sequence[Run], folder: Path) -> list[str]:
             *_sections(run, folder, prefix=f"{index + 1}_", matrices=False),
             "</section>",
         ]
-    return [*parts, "</main>", _footer()]
+    return [*parts, "</main>", _footer(any(run.evals for run in runs))]
 
 
 def _sections(run: Run, folder: Path, *, prefix: str, matrices: bool = True) -> list[str]:
@@ -121,23 +125,26 @@ def _sections(run: Run, folder: Path, *, prefix: str, matrices: bool = True) -> 
     parts: list[str] = []
     unit = plots.common_unit([run])
     if run.evals:
-        parts += [_tiles(run, unit), *(_learned(run, unit) if matrices else [])]
         parts += [
+            _tiles(run, unit),
+            *retention.learned_section(run, folder, unit, prefix, matrix=matrices),
             "<h2>Held-out loss over the run</h2>",
-            _figure(
+            put_figure(
                 folder,
                 f"{prefix}heldout",
                 lambda theme, narrow: plots.draw_heldout(run, theme, unit, narrow),
                 _curves_alt(run, unit),
-                f"Stages as bands. {_interval(run)}",
+                f"Stages as bands. {_branch_note(run)}{retention.interval(run)}",
             ),
+            *retention.gap_section(run, unit),
+            *branches_section(run, unit),
         ]
     else:
         parts.append('<p class="soft">No evaluation has been written yet.</p>')
     if run.metrics:
         parts += [
             "<h2>Training loss and learning rate</h2>",
-            _figure(
+            put_figure(
                 folder,
                 f"{prefix}training",
                 lambda theme, narrow: plots.draw_training(run, theme, narrow),
@@ -146,9 +153,15 @@ def _sections(run: Run, folder: Path, *, prefix: str, matrices: bool = True) -> 
                 "strong: a running mean.",
             ),
         ]
+    parts += alignment_section(run, folder, prefix)
     parts += _ledger(run)
+    parts += samples_section(run)
     parts += _card(run)
     return parts
+
+
+def _branch_note(run: Run) -> str:
+    return "Diamonds: annealed branches, from where they left. " if run.branches else ""
 
 
 def _subtitle(run: Run) -> str:
@@ -172,58 +185,11 @@ def _tiles(run: Run, unit: str) -> str:
         ("retained", format_loss(matrix.mean_retained), "mean loss at the end"),
         ("forward transfer", format_loss(matrix.fwt, True), "negative = helped ahead"),
     ]
+    worst = run.stability_gap(unit).worst_gap
+    if worst is not None:
+        said = f"{worst.domain} in {worst.stage}; positive = it rose"
+        items.append(("worst stability gap", format_loss(worst.gap, True), said))
     return page.tiles([(a, b, f"{UNITS[unit]}, {c}") for a, b, c in items])
-
-
-def _learned(run: Run, unit: str) -> list[str]:
-    """Matrix and table in the leading unit; the other unit folded away."""
-    other = "nats_per_token" if unit == "bits_per_byte" else None
-    parts = [
-        "<h2>What it learned and what it forgot</h2>",
-        '<div class="groups">',
-        _heat(run, unit, _HEAT.format(unit=UNITS[unit])),
-        _domain_table(run, unit),
-        "</div>",
-        _signs(),
-    ]
-    if other:
-        parts.append(
-            f"<details><summary>The same in {UNITS[other]}</summary>"
-            f'<div class="groups">{_heat(run, other, f"Held-out loss, {UNITS[other]}.")}'
-            f"{_domain_table(run, other)}</div></details>"
-        )
-    return parts
-
-
-def _heat(run: Run, unit: str, caption: str) -> str:
-    matrix = run.loss_matrix(unit)
-    return page.heat_table(matrix, plots.shares(matrix), caption)
-
-
-def _domain_table(run: Run, unit: str) -> str:
-    matrix = run.loss_matrix(unit)
-    rows = [
-        (
-            domain,
-            [
-                format_loss(matrix.learned[domain], True),
-                page.signed(matrix.forgetting[domain]),
-                format_loss(matrix.retained[domain]),
-            ],
-        )
-        for domain in matrix.domains
-    ]
-    means = (matrix.mean_learned, matrix.mean_forgetting, matrix.mean_retained)
-    rows.append(
-        (
-            "mean, trained" if matrix.never_trained else "mean",
-            [format_loss(means[0], True), page.signed(means[1]), format_loss(means[2])],
-        )
-    )
-    caption = f"By domain, {UNITS[unit]}."
-    if not run.finished and matrix.stages:
-        caption += f" After {len(matrix.stages)} of {len(run.stages)} stages."
-    return page.table(caption, ["", "learned", "forgetting", "retained"], rows, mean=True)
 
 
 def _comparison_table(
@@ -336,16 +302,6 @@ def _lines(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _interval(run: Run) -> str:
-    """The evaluation interval is part of what such a curve can show, so it is said beside it."""
-    steps = sorted({line["step"] for line in run.evals})
-    gaps = sorted({b - a for a, b in zip(steps[:-1], steps[1:], strict=True)})
-    if not gaps:
-        return "One evaluation so far."
-    some = f"{gaps[0]}" if len(gaps) == 1 else f"{gaps[0]} to {gaps[-1]}"
-    return f"Evaluated every {some} steps."
-
-
 def _curves_alt(run: Run, unit: str) -> str:
     """What the curves show, in words: where each domain started, was at best, and ended."""
     said = []
@@ -356,46 +312,16 @@ def _curves_alt(run: Run, unit: str) -> str:
     return f"Held-out loss over {run.steps_done} steps in {UNITS[unit]}: {'; '.join(said)}."
 
 
-def _signs() -> str:
-    return f'<p class="soft">{_sentence(SIGNS)}</p>'
-
-
-def _sentence(line: str) -> str:
-    line = escape(" ".join(line.split()))
-    return f"{line[0].upper()}{line[1:]}."
-
-
-def _footer() -> str:
+def _footer(summary: bool) -> str:
+    picture = f" In one picture: {links('summary', dark=False)}." if summary else ""
     return (
         '<footer class="soft">Written by <code>lcl report</code> from the run’s own logs. '
         "Losses are means over held-out documents; bits/byte compares tokenizers and languages, "
-        "nats/token does not.</footer>"
+        f"nats/token does not.{picture}</footer>"
     )
-
-
-def _figure(
-    folder: Path, name: str, draw: Callable[[plots.Theme, bool], Any], alt: str, caption: str
-) -> str:
-    """Draws a figure for both schemes and widths, writes the wide ones, returns it as HTML."""
-    pngs = {}
-    for theme in plots.THEMES:
-        path = folder / (f"{name}.png" if theme is plots.LIGHT else f"{name}_{theme.name}.png")
-        plots.save(draw(theme, False), path)
-        pngs[theme.name] = path.read_bytes()
-        narrow = io.BytesIO()
-        plots.save(draw(theme, True), narrow)
-        pngs[f"{theme.name} narrow"] = narrow.getvalue()
-    return page.figure(pngs, alt, caption)
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Atomically: a reader sees the old page or the new one."""
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_bytes(data)
-    draft.replace(path)
 
 
 def summary_png(run_dirs: Iterable[str | os.PathLike[str]], path: str | os.PathLike[str]) -> Path:
     """Writes the one-picture summary of one or two runs to `path` (report/summary.png is this)."""
-    plots.save(plots.draw_summary(load_runs(list(run_dirs))), path)
+    plots.save(heat.draw_summary(load_runs(list(run_dirs))), path)
     return Path(path)

@@ -1,21 +1,22 @@
 """The report on data as one HTML page with its pictures: `build_data_report(read_root(data), out)`.
 
 OUT/index.html          everything, images inline: one file to send around
-OUT/lengths.png         also lengths_dark.png; tokens.png and similarity.png where they apply
+OUT/lengths.png, .svg   also lengths_dark.png, .svg; tokens and similarity where they apply
 """
 
 from __future__ import annotations
 
-import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from lcl import files
 from lcl.data.inspect import SampleRow
-from lcl.report import data_plots, data_text, page, plots
+from lcl.report import data_plots, data_text, page
 from lcl.report.data_read import DataReport, PlanLine
+from lcl.report.figures import put_figure
 from lcl.report.progress import human
 
 _STYLE = """
@@ -53,7 +54,7 @@ def build_data_report(report: DataReport, out: str | os.PathLike[str]) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         html = page.document(f"{report.title} · lcl data", _body(report, folder))
         html = html.replace("</style>", f"{_STYLE}</style>", 1)
-        _write(folder / "index.html", html.encode())
+        files.write_whole(folder / "index.html", html.encode())
     except OSError as error:
         raise ValueError(
             f"cannot write the report to {error.filename or folder}: "
@@ -116,7 +117,7 @@ def _lengths(report: DataReport, folder: Path) -> list[str]:
     return [
         "<h2>Lengths of the documents</h2>",
         page.table("Training split; lengths in tokens to predict.", head, rows),
-        _figure(
+        put_figure(
             folder,
             "lengths",
             lambda theme, narrow: data_plots.draw_lengths(report, theme, narrow),
@@ -187,7 +188,7 @@ def _flow(report: DataReport, folder: Path) -> list[str]:
     alt = "; ".join(f"{name} {cells[0]} new, {cells[1]} replayed" for name, cells in rows)
     return [
         "<h2>Tokens by source and step</h2>",
-        _figure(
+        put_figure(
             folder,
             "tokens",
             lambda theme, narrow: data_plots.draw_flow(report, theme, narrow),
@@ -223,7 +224,7 @@ def _paths(report: DataReport, folder: Path) -> list[str]:
     alt = "; ".join(f"{name} {cells[2]}, shuffled {cells[3]}" for name, cells in rows)
     return [
         "<h2>Similarity along the order</h2>",
-        _figure(
+        put_figure(
             folder,
             "similarity",
             lambda theme, narrow: data_plots.draw_paths(report, theme, narrow),
@@ -275,25 +276,3 @@ def _name(plan: PlanLine) -> str:
 
 def _capital(text: str) -> str:
     return escape(text[0].upper() + text[1:])
-
-
-def _figure(
-    folder: Path, name: str, draw_fn: Callable[[plots.Theme, bool], Any], alt: str, caption: str
-) -> str:
-    """Draws for both schemes and widths; the wide ones are files too."""
-    pngs = {}
-    for theme in plots.THEMES:
-        for narrow in (False, True):
-            drawn = io.BytesIO()
-            plots.save(draw_fn(theme, narrow), drawn)
-            pngs[f"{theme.name} narrow" if narrow else theme.name] = drawn.getvalue()
-        suffix = "" if theme is plots.LIGHT else f"_{theme.name}"
-        _write(folder / f"{name}{suffix}.png", pngs[theme.name])
-    return page.figure(pngs, alt, caption)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Atomically: a reader sees the old file or the new one."""
-    draft = path.with_name(f"{path.name}.tmp")
-    draft.write_bytes(content)
-    draft.replace(path)

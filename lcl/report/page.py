@@ -7,6 +7,9 @@ reader's system; wide tables scroll by themselves on a phone.
 from __future__ import annotations
 
 import base64
+import functools
+import itertools
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -19,7 +22,7 @@ STYLE = """
 :root {
   color-scheme: light dark;
   --paper: #ffffff; --ink: #1b1f24; --soft: #5b6470; --line: #d8dde3; --band: #f4f6f8;
-  --accent: #0072b2; --rgb: 0, 114, 178; --worse: #a63d00; --better: #00704f;
+  --bar: 8rem; --accent: #0072b2; --rgb: 0, 114, 178; --worse: #a63d00; --better: #00704f;
 }
 @media (prefers-color-scheme: dark) {
   :root {
@@ -57,7 +60,9 @@ thead th:first-child { text-align: left; }
 th:first-child { padding-left: 0; }
 tbody tr + tr > * { border-top: 1px solid var(--line); }
 tr.mean > * { border-top: 2px solid var(--line); font-weight: 600; }
-th small { display: block; font-weight: 400; color: var(--soft); }
+th small, td small { display: block; font-weight: 400; color: var(--soft); }
+td.name, thead th.name { text-align: left; } td.name { white-space: normal; }
+tbody th[rowspan] { vertical-align: top; }
 .groups { display: flex; flex-wrap: wrap; gap: .6rem 2.2rem; align-items: flex-start; }
 .table { max-width: 100%; min-width: min(100%, 21rem); margin: .7rem 0 1rem; }
 /* A caption is as wide as its table, and never makes it wider. */
@@ -81,9 +86,13 @@ details { border: 1px solid var(--line); border-radius: .6rem; margin: .6rem 0;
 summary { cursor: pointer; }
 pre { overflow-x: auto; font: .8rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace;
   margin: .6rem 0 .2rem; }
+pre.sample { font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere;
+  unicode-bidi: plaintext; }
+pre.sample mark { background: rgba(var(--rgb), .18); color: inherit; border-radius: .2rem; }
+a { color: var(--accent); }
 footer { margin-top: 3.5rem; border-top: 1px solid var(--line); padding-top: .8rem; }
 @media (max-width: 34rem) {
-  body { padding-top: 1.5rem; font-size: 15px; }
+  :root { --bar: 3.2rem; } body { padding-top: 1.5rem; font-size: 15px; }
   table { font-size: .85rem; } tbody th { white-space: normal; min-width: 4.5rem; }
   th, td { padding: .34rem .38rem; } table.heat { border-spacing: 2px; }
   table.heat td { min-width: 3rem; padding: .4rem .15rem; } table.heat th { padding: .2rem; }
@@ -159,17 +168,38 @@ def folded(summary: str, text: str) -> str:
 def table(
     caption: str, head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], mean: bool = False
 ) -> str:
-    """A plain table; names are escaped, cells are HTML. `mean` sets the last row apart."""
-    heads = "".join(f'<th scope="col">{h}</th>' for h in head)
+    """A plain table; names are escaped, heads and cells are HTML. `mean` sets the last row apart.
+
+    Rows of one name that follow one another share it.
+    """
+    heads = "".join(h if h.startswith("<th") else f'<th scope="col">{h}</th>' for h in head)
+    names = [name for name, _ in rows]
     body = []
     for index, (name, cells) in enumerate(rows):
         kind = ' class="mean"' if mean and index == len(rows) - 1 else ""
         tds = "".join(c if c.startswith("<td") else f"<td>{c}</td>" for c in cells)
-        body.append(f'<tr{kind}><th scope="row">{breakable(name)}</th>{tds}</tr>')
+        following = itertools.takewhile(functools.partial(operator.eq, name), names[index:])
+        alike = len(list(following))
+        spans = f'scope="rowgroup" rowspan="{alike}"' if alike > 1 else 'scope="row"'
+        shared = index > 0 and names[index - 1] == name
+        th = "" if shared else f"<th {spans}>{breakable(name)}</th>"
+        body.append(f"<tr{kind}>{th}{tds}</tr>")
     return (
         f'<div class="table"><p class="caption">{caption}</p><div class="scroll"><table><thead>'
         f"<tr>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table></div></div>"
     )
+
+
+NAME_HEAD = '<th scope="col" class="name">domain</th>'  # the head over `name_cell`s of domains
+
+
+def name_cell(name: str) -> str:
+    """A cell of a table that holds a name rather than a number.
+
+    >>> name_cell("en")
+    '<td class="name">en</td>'
+    """
+    return f'<td class="name">{breakable(name)}</td>'
 
 
 def breakable(name: str) -> str:
@@ -219,8 +249,8 @@ def heat_table(matrix: LossMatrix, shares: np.ndarray, caption: str) -> str:
 
 
 def bar(share: float, kind: str = "") -> str:
-    """A bar of a table's row, `share` of 8 rem wide."""
-    return f'<span class="bar {kind}" style="width:{8 * share:.2f}rem"></span>'
+    """A bar of a table's row, `share` of 8 rem wide (3.2 on a phone)."""
+    return f'<span class="bar {kind}" style="width:calc({share:.4f} * var(--bar))"></span>'
 
 
 def _data(png: bytes) -> str:

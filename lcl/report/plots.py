@@ -1,4 +1,4 @@
-"""The figures of a report. Matplotlib is imported when one is drawn, and never opens a window.
+"""Curves of runs, and what all figures share. Matplotlib is imported when one is drawn.
 
 Each `draw_*` takes runs and a theme and returns a Figure; `save` writes it. Curves are labelled at
 their ends rather than in a legend, colours are the Okabe-Ito set (told apart by colour-blind eyes),
@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lcl.evals.loss_matrix import LossMatrix
-from lcl.report.read import Run, StageInfo
+from lcl.report.read import Branch, Run, StageInfo
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -82,26 +81,55 @@ def smooth(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def draw_heldout(run: Run, theme: Theme, unit: str, narrow: bool = False) -> Figure:
-    """Held-out loss of every domain over the run, stage borders behind; `narrow` for a phone."""
-    figure, (axes,) = _figure(theme, 1, narrow=narrow)
-    _stage_bands(axes, run, theme, width=2.6 if narrow else 7.4)
+    """Held-out loss of every domain over the run, stage borders behind; `narrow` for a phone.
+
+    A diamond is an annealed branch, joined by dots to the place where it left the run.
+    """
+    figure, (axes,) = new_figure(theme, 1, narrow=narrow)
+    stage_bands(axes, run, theme, width=2.6 if narrow else 7.4)
     ends = []
     for index, domain in enumerate(run.domains):
         steps, values = run.heldout(domain, unit)
         if not len(steps):
             continue
-        axes.plot(steps, values, **_stroke(theme, index), marker="o", markersize=2.6)
+        axes.plot(steps, values, **stroke(theme, index), marker="o", markersize=2.6)
         ends.append((float(steps[-1]), float(values[-1]), domain, colour(theme, index)))
-    _loss_scale(axes)
-    _finish(axes, theme, ends, run, ylabel=_UNIT_LABELS[unit])
+    loss_scale(axes)
+    for branch in run.branches:
+        _mark_branch(axes, branch, run, theme, unit)
+    finish(axes, theme, ends, run, ylabel=UNIT_LABELS[unit])
     return figure
+
+
+def _mark_branch(axes: Axes, branch: Branch, run: Run, theme: Theme, unit: str) -> None:
+    """A branch's losses, once the run itself has come as far: before, they lie off the axes."""
+    if branch.step > run.steps_done:
+        return
+    # A straight line on a logarithmic axis is one between logarithms.
+    log = axes.get_yscale() == "log"
+    to_axis, back = (np.log, np.exp) if log else (np.asarray, np.asarray)
+    for index, domain in enumerate(run.domains):
+        value = branch.loss(domain, unit)
+        steps, trunk = run.heldout(domain, unit)
+        if value is None or not len(steps):
+            continue
+        shade = colour(theme, index)
+        left = float(back(np.interp(branch.branch_from, steps, to_axis(trunk))))
+        axes.plot(
+            [branch.branch_from, branch.step], [left, value],
+            color=shade, linewidth=1.0, linestyle=(0, (1, 1.2)), zorder=3,
+        )  # fmt: skip
+        axes.plot(
+            branch.step, value, marker="D", markersize=4.6, color=theme.paper,
+            markeredgecolor=shade, markeredgewidth=1.3, linestyle="none", zorder=4, clip_on=False,
+        )  # fmt: skip
 
 
 def draw_training(run: Run, theme: Theme, narrow: bool = False) -> Figure:
     """Training loss by domain (replayed rows dashed) above the learning rate."""
-    figure, (loss, rate) = _figure(theme, 2, narrow=narrow)
-    _stage_bands(loss, run, theme, width=2.6 if narrow else 7.4)
-    _stage_bands(rate, run, theme, names=False)
+    figure, (loss, rate) = new_figure(theme, 2, narrow=narrow)
+    stage_bands(loss, run, theme, width=2.6 if narrow else 7.4)
+    stage_bands(rate, run, theme, names=False)
     ends = []
     order = list(run.domains)
     again = " ↺" if narrow else " (replay)"
@@ -115,7 +143,7 @@ def draw_training(run: Run, theme: Theme, narrow: bool = False) -> Figure:
             shade = colour(theme, index)
             if len(steps) <= 4000:
                 loss.plot(steps, values, color=shade, alpha=0.16, linewidth=0.7)
-            for where in _pieces(steps):  # A domain that pauses between stages isn't joined up.
+            for where in pieces(steps):  # A domain that pauses between stages isn't joined up.
                 x, y = smooth(steps[where], _running_mean(values[where]))
                 loss.plot(x, y, color=shade, linestyle=dashes, linewidth=1.5)
             ends.append((float(steps[-1]), float(y[-1]), domain + suffix, shade))
@@ -123,12 +151,12 @@ def draw_training(run: Run, theme: Theme, narrow: bool = False) -> Figure:
         steps, values = run.series("loss")
         loss.plot(*smooth(steps, values), color=theme.ink, linewidth=1.5)
     loss.margins(y=0.08)
-    _loss_scale(loss)
-    _finish(loss, theme, ends, run, ylabel="training loss, nats/token", xlabel=False)
+    loss_scale(loss)
+    finish(loss, theme, ends, run, ylabel="training loss, nats/token", xlabel=False)
     steps, values = run.series("learning_rate")
     rate.plot(*smooth(steps, values), color=theme.ink, linewidth=1.3)
     rate.set_ylim(bottom=0)
-    _finish(rate, theme, [], run, ylabel="learning rate")
+    finish(rate, theme, [], run, ylabel="learning rate")
     rate.yaxis.set_major_locator(_ticker().MaxNLocator(3))
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
     rate.yaxis.get_offset_text().set(color=theme.soft, fontsize=7.5)
@@ -139,18 +167,18 @@ def draw_comparison(runs: Sequence[Run], theme: Theme, unit: str, narrow: bool =
     """Held-out loss of each domain in a panel of its own, one line a run."""
     domains = _all_domains(runs)
     columns = 1 if narrow else min(3, len(domains))
-    figure, panels = _figure(theme, 1, columns=columns, cells=len(domains), narrow=narrow)
+    figure, panels = new_figure(theme, 1, columns=columns, cells=len(domains), narrow=narrow)
     for place, (axes, domain) in enumerate(zip(panels, domains, strict=False)):
-        _stage_bands(axes, runs[0], theme, names=False)
+        stage_bands(axes, runs[0], theme, names=False)
         for index, run in enumerate(runs):
             if domain in run.domains:
                 steps, values = run.heldout(domain, unit)
                 # Thinner over wider, so that runs that agree still show both.
-                style = _stroke(theme, index) | {"linewidth": max(1.2, 3.0 - 1.3 * index)}
+                style = stroke(theme, index) | {"linewidth": max(1.2, 3.0 - 1.3 * index)}
                 axes.plot(steps, values, **style, label=run.name)
-        _loss_scale(axes)
+        loss_scale(axes)
         lowest = place >= len(domains) - columns
-        _finish(axes, theme, [], runs[0], ylabel="", xlabel=lowest)
+        finish(axes, theme, [], runs[0], ylabel="", xlabel=lowest)
         axes.set_title(domain, color=theme.ink, fontsize=9, loc="left", fontweight="bold")
     for axes in panels[len(domains) :]:
         axes.set_visible(False)
@@ -163,66 +191,31 @@ def draw_comparison(runs: Sequence[Run], theme: Theme, unit: str, narrow: bool =
         frameon=False,
         labelcolor=theme.ink,
     )
-    figure.supylabel(_UNIT_LABELS[unit], color=theme.soft, fontsize=8.5)
+    figure.supylabel(UNIT_LABELS[unit], color=theme.soft, fontsize=8.5)
     return figure
 
 
-def draw_matrix(matrix: LossMatrix, theme: Theme, title: str = "") -> Figure:
-    """The loss matrix as a heat map; each column has its own scale, since domains differ."""
-    plt = pyplot()
-    rows, columns = matrix.values.shape
-    figure = plt.figure(
-        figsize=(1.7 + 1.05 * columns, 0.9 + 0.42 * rows), layout="constrained", dpi=150
-    )
-    figure.set_facecolor(theme.paper)
-    _heat(figure.add_subplot(), matrix, theme, title)
-    return figure
-
-
-def draw_summary(runs: Sequence[Run], theme: Theme = LIGHT) -> Figure:
-    """One picture of it all: held-out curves above, loss matrices below; for a README or a talk."""
-    plt = pyplot()
-    runs = list(runs)[:2]
-    unit = common_unit(runs)
-    figure = plt.figure(figsize=(10.4, 6.4), layout="constrained", dpi=100)
-    figure.set_facecolor(theme.paper)
-    grid = figure.add_gridspec(2, len(runs), height_ratios=(1.25, 1))
-    top: Any = None
-    panels: list[Any] = []
-    for column, run in enumerate(runs):
-        axes = figure.add_subplot(grid[0, column], sharey=top)
-        top = top or axes
-        _stage_bands(axes, run, theme, width=6.4 / len(runs))
-        ends = []
-        for index, domain in enumerate(run.domains):
-            steps, values = run.heldout(domain, unit)
-            if len(steps):
-                axes.plot(steps, values, **_stroke(theme, index))
-                ends.append((float(steps[-1]), float(values[-1]), domain, colour(theme, index)))
-        if column == len(runs) - 1:
-            _loss_scale(top)
-        panels.append((axes, run, ends))
-        axes.set_title(
-            run.name, color=theme.ink, fontsize=11, fontweight="bold", loc="left", pad=16
-        )
-        matrix = run.loss_matrix(unit)
-        forgot = matrix.mean_forgetting
-        said = "" if forgot is None else f"mean forgetting {forgot:+.3f} {matrix.unit}"
-        _heat(figure.add_subplot(grid[1, column]), matrix, theme, said)
-    for column, (axes, run, ends) in enumerate(panels):  # The shared scale is known only now.
-        _finish(axes, theme, ends, run, ylabel=_UNIT_LABELS[unit] if column == 0 else "")
-    return figure
-
-
-def save(figure: Figure, path: Any) -> None:
+def save(figure: Figure, path: Any, svg: Any = None) -> None:
     """Writes a PNG (to a path or an open file) and frees the figure; same data, same bytes.
 
     160 colours are plenty for curves and text, and make the files a third of the size.
+
+    Args:
+        figure: closed when this returns.
+        path: of the PNG, or an open file.
+        svg: path or open file of the same as SVG, for papers and talks: text as text, no date.
     """
+    import matplotlib
     from PIL import Image
 
     drawn = io.BytesIO()
     figure.savefig(drawn, facecolor=figure.get_facecolor(), format="png")
+    if svg is not None:
+        # Ids are hashes with this salt (random otherwise).
+        with matplotlib.rc_context({"svg.hashsalt": "lcl", "svg.fonttype": "none"}):
+            figure.savefig(
+                svg, facecolor=figure.get_facecolor(), format="svg", metadata={"Date": None}
+            )
     pyplot().close(figure)
     image = Image.open(drawn).convert("RGB").quantize(160, dither=Image.Dither.NONE)
     image.save(path, format="png", optimize=True)
@@ -233,7 +226,7 @@ def common_unit(runs: Sequence[Run]) -> str:
     return "bits_per_byte" if all(r.has_bytes for r in runs) else "nats_per_token"
 
 
-_UNIT_LABELS = {
+UNIT_LABELS = {
     "bits_per_byte": "held-out loss, bits/byte",
     "nats_per_token": "held-out loss, nats/token",
 }
@@ -261,7 +254,7 @@ def _ticker() -> Any:
     return matplotlib.ticker
 
 
-def _figure(
+def new_figure(
     theme: Theme, panels: int, *, columns: int = 1, cells: int | None = None, narrow: bool = False
 ) -> tuple[Figure, list[Axes]]:
     """An empty figure: `panels` above one another, or a grid of `cells` in `columns`."""
@@ -288,7 +281,8 @@ def _figure(
     return figure, list(axes.flat)
 
 
-def _stroke(theme: Theme, index: int) -> dict[str, Any]:
+def stroke(theme: Theme, index: int) -> dict[str, Any]:
+    """Line style of the index-th domain or run: a colour, then dashes once the colours are used."""
     return {
         "color": colour(theme, index),
         "linewidth": 1.7,
@@ -296,9 +290,7 @@ def _stroke(theme: Theme, index: int) -> dict[str, Any]:
     }
 
 
-def _stage_bands(
-    axes: Axes, run: Run, theme: Theme, names: bool = True, width: float = 7.4
-) -> None:
+def stage_bands(axes: Axes, run: Run, theme: Theme, names: bool = True, width: float = 7.4) -> None:
     """Every other stage on a tinted band, its name above it; `width` is the axes' in inches."""
     shown = max(run.steps_done, 1)
     for index, stage in enumerate(run.stages):
@@ -346,7 +338,7 @@ def quiet(axes: Axes, theme: Theme) -> None:
     axes.set_axisbelow(True)
 
 
-def _finish(
+def finish(
     axes: Axes,
     theme: Theme,
     ends: Sequence[tuple[float, float, str, str]],
@@ -394,7 +386,7 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], last:
         )  # fmt: skip
 
 
-def _loss_scale(axes: Axes) -> None:
+def loss_scale(axes: Axes) -> None:
     """A logarithmic axis where the values span enough, so that the low end can be told apart."""
     drawn = [np.asarray(line.get_ydata(), float) for line in axes.lines]
     values = np.concatenate(drawn) if drawn else np.ones(1)
@@ -439,53 +431,10 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 
-def _pieces(steps: np.ndarray) -> list[slice]:
+def pieces(steps: np.ndarray) -> list[slice]:
     """Stretches without a gap much longer than the usual one."""
     if len(steps) < 3:
         return [slice(0, len(steps))]
     gaps = np.diff(steps)
     cuts = [0, *(np.nonzero(gaps > 8 * max(np.median(gaps), 1))[0] + 1).tolist(), len(steps)]
     return [slice(a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
-
-
-def shares(matrix: LossMatrix) -> np.ndarray:
-    """[T+1, D] in 0..1: 1 = the column's lowest loss, 0 = its highest; NaN where not measured."""
-    low = np.nanmin(_nan_safe(matrix.values), axis=0)
-    high = np.nanmax(_nan_safe(matrix.values), axis=0)
-    return np.where(high > low, (high - matrix.values) / np.where(high > low, high - low, 1), 0.5)
-
-
-def _nan_safe(values: np.ndarray) -> np.ndarray:
-    """A column of NaN only would warn: it becomes zeros, and its cells stay NaN in `shares`."""
-    return np.where(np.isnan(values).all(axis=0), 0.0, values)
-
-
-def _heat(axes: Axes, matrix: LossMatrix, theme: Theme, title: str) -> None:
-    from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.patches import Rectangle
-
-    map_ = LinearSegmentedColormap.from_list("loss", [theme.band, theme.accent])
-    part = shares(matrix)
-    axes.imshow(part * 0.72, cmap=map_, vmin=0, vmax=1, aspect="auto")
-    rows, columns = matrix.values.shape
-    for place in range(1, rows):
-        axes.axhline(place - 0.5, color=theme.paper, linewidth=2)
-    for place in range(1, columns):
-        axes.axvline(place - 0.5, color=theme.paper, linewidth=2)
-    for (i, j), value in np.ndenumerate(matrix.values):
-        text = "–" if np.isnan(value) else f"{value:.2f}"
-        axes.text(j, i, text, ha="center", va="center", color=theme.ink, fontsize=8.5)
-        if matrix.home_stage[matrix.domains[j]] == i:
-            axes.add_patch(
-                Rectangle((j - 0.46, i - 0.42), 0.92, 0.84, fill=False, ec=theme.ink, lw=1.2)
-            )
-    names = [d + ("\n(not trained)" if d in matrix.never_trained else "") for d in matrix.domains]
-    axes.set_xticks(range(len(names)), names, fontsize=8)
-    after = ["start", *(f"after {s}" for s in matrix.stages)]
-    axes.set_yticks(range(rows), after, fontsize=8)
-    axes.tick_params(length=0, colors=theme.soft)
-    axes.xaxis.tick_top()
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    if title:
-        axes.set_xlabel(title, color=theme.soft, fontsize=8.5)

@@ -8,45 +8,20 @@ import json
 import os
 import subprocess
 import sys
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
+import lcl.report.figures
 import lcl.report.page
 import lcl.report.plots
+import lcl.report.samples
 from lcl.evals.loss_matrix import LossMatrix
 from lcl.report import build_report, load_runs, summary_png
+from lcl.report.heat import shares
 from lcl.report.page import heat_table
-from lcl.report.plots import shares, spread
-
-
-class Page(HTMLParser):
-    """Checks nesting as it parses, and collects images, links, scripts and text."""
-
-    VOID = ("meta", "img", "source", "br", "wbr", "link")
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict]] = []
-        self.text = ""
-        self.feed(html)
-        assert self.open == [], self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open.pop() == tag, tag
-
-    def handle_data(self, data):
-        self.text += data
-
-    def all(self, tag):
-        return [attributes for name, attributes in self.tags if name == tag]
+from lcl.report.plots import spread
+from tests.report.html_page import Page
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +70,14 @@ def test_the_page_of_one_run_has_everything(pages, runs):
 
 def test_figures_lie_beside_the_page(pages):
     files = {p.name for p in pages["one"].parent.iterdir()}
-    assert {"index.html", "heldout.png", "heldout_dark.png", "training.png", "summary.png"} <= files
+    themed = {f"{n}{t}" for n in ("heldout", "training", "matrix") for t in ("", "_dark")}
+    figures = {f"{name}.{kind}" for name in {*themed, "summary"} for kind in ("png", "svg")}
+    assert files == {"index.html"} | figures
+    # Each is linked, and every link is to a file that is there.
+    assert {a["href"] for a in Page(pages["one"].read_text()).all("a")} == figures
+    for name in figures:
+        data = (pages["one"].parent / name).read_bytes()
+        assert data.startswith(b"\x89PNG") if name.endswith("png") else b"<svg" in data[:2000]
     assert not any(name.endswith(".tmp") for name in files)
     assert (pages["one"].parent / "summary.png").stat().st_size < 150_000
 
@@ -114,7 +96,8 @@ def test_a_comparison_begins_with_the_tables(pages):
 
 def test_the_same_logs_give_the_same_bytes(pages, runs, tmp_path):
     again = build_report(runs["half"], tmp_path)
-    assert again.read_bytes() == pages["half"].read_bytes()
+    for path in pages["half"].parent.iterdir():
+        assert (again.parent / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_where_the_page_goes(runs):
@@ -209,5 +192,5 @@ def test_labels_keep_their_distance_and_order():
 
 
 def test_docstring_examples_are_true():
-    for module in (lcl.report.page, lcl.report.plots):
+    for module in (lcl.report.page, lcl.report.plots, lcl.report.figures, lcl.report.samples):
         assert doctest.testmod(module).failed == 0

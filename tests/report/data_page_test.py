@@ -110,7 +110,8 @@ def test_pictures_lie_beside_the_page(page):
 
     names = {path.name for path in page.parent.iterdir()}
     kinds = ("lengths", "tokens", "similarity")
-    assert names == {"index.html"} | {f"{k}{s}.png" for k in kinds for s in ("", "_dark")}
+    files = {f"{k}{s}.{e}" for k in kinds for s in ("", "_dark") for e in ("png", "svg")}
+    assert names == {"index.html"} | files
     for kind in kinds:
         picture = np.asarray(Image.open(page.parent / f"{kind}.png").convert("L"))
         assert picture.std() > 5  # something is drawn

@@ -85,6 +85,7 @@ class AttentionLayer(nn.Module):
             axes=("heads", "head_dim", "embed"),
             dtype=dtype,
             out_dtype=jnp.dtype(config.residual_dtype),
+            gradient_dtype=jnp.dtype(config.gradient_dtype),
             use_bias=config.attention_out_bias,
             init_scale=self.out_init_scale,
             name="out",
@@ -100,6 +101,7 @@ class AttentionLayer(nn.Module):
             axes=("embed", axis, "head_dim"),
             dtype=jnp.dtype(config.dtype),
             out_dtype=jnp.dtype(config.dtype),
+            gradient_dtype=jnp.dtype(config.gradient_dtype),
             use_bias=config.attention_bias,
             init_scale=config.init_scale,
             name=name,
@@ -113,5 +115,10 @@ class AttentionLayer(nn.Module):
     def _head_norm(self, name: str) -> RMSNorm:
         config = self.config
         return RMSNorm(
-            config.head_dim, axis="head_dim", eps=config.norm_eps, dtype=jnp.float32, name=name
+            config.head_dim,
+            axis="head_dim",
+            eps=config.norm_eps,
+            dtype=jnp.float32,
+            gradient_dtype=jnp.dtype(config.gradient_dtype),
+            name=name,
         )

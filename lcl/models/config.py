@@ -43,6 +43,9 @@ class DecoderConfig:
         and the loss are float32 either way.
       residual_dtype: what the residual stream is kept in between blocks. "bfloat16" halves the
         activations that a very long row keeps, at the cost of rounding at every addition.
+      gradient_dtype: what devices that hold other tokens send to sum the gradients of kernels and
+        norms. "bfloat16" is half the bytes (MaxText's way), at the cost of rounding each device's
+        part; parameters and moments are float32 either way.
       scan_layers: one layer compiled once and looped over; False unrolls. The parameters are
         stacked over layers either way, and the numbers are the same.
       remat: what a layer keeps for its backward pass; a name of `lcl.models.remat`.
@@ -82,6 +85,7 @@ class DecoderConfig:
     mlp_bias: bool = False
     dtype: str = "float32"
     residual_dtype: str = "float32"
+    gradient_dtype: str = "float32"
     scan_layers: bool = True
     remat: str = "none"
     mask: Mask = dataclasses.field(default_factory=Mask)
@@ -134,6 +138,7 @@ class DecoderConfig:
             )
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("residual_dtype", self.residual_dtype, DTYPES)
+        _check_choice("gradient_dtype", self.gradient_dtype, DTYPES)
         _check_choice("attention", self.attention, IMPLEMENTATIONS)
         _check_choice("context_layout", self.context_layout, LAYOUTS)
         _check_choice("remat", self.remat, tuple(REMAT_POLICIES))

@@ -67,7 +67,12 @@ class DecoderLayer(nn.Module):
 
         def norm(name: str) -> RMSNorm:
             return RMSNorm(
-                config.embed_dim, axis="norm", eps=config.norm_eps, dtype=dtype, name=name
+                config.embed_dim,
+                axis="norm",
+                eps=config.norm_eps,
+                dtype=dtype,
+                gradient_dtype=jnp.dtype(config.gradient_dtype),
+                name=name,
             )
 
         attention = AttentionLayer(config, out_init_scale=out_init_scale, name="attention")
@@ -81,6 +86,7 @@ class DecoderLayer(nn.Module):
             use_bias=config.mlp_bias,
             init_scale=config.init_scale,
             out_init_scale=out_init_scale,
+            gradient_dtype=jnp.dtype(config.gradient_dtype),
             name="mlp",
         )
         x_BTD += mlp(norm("mlp_norm")(x_BTD))
@@ -137,7 +143,11 @@ class Decoder(nn.Module):
         )
         self.layers = _stack_of_layers(config)
         self.final_norm = RMSNorm(
-            config.embed_dim, axis="norm", eps=config.norm_eps, dtype=jnp.dtype(config.dtype)
+            config.embed_dim,
+            axis="norm",
+            eps=config.norm_eps,
+            dtype=jnp.dtype(config.dtype),
+            gradient_dtype=jnp.dtype(config.gradient_dtype),
         )
         if not config.tie_embeddings:
             self.head = Head(config)

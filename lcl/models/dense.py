@@ -4,7 +4,8 @@ JAX's own rule for the backward pass of a bfloat16 matmul multiplies by folded t
 for bfloat16 results; XLA's CPU backend is fast at neither (see lcl.attention.matmul). Here
     y = x w,    dx = g w^T,    dw = x^T g
 are three plain products of bfloat16 operands with float32 results; on a TPU the same form is the
-right one. Gradients reach float32 parameters without having been rounded to bfloat16.
+right one. Gradients reach float32 parameters without having been rounded to bfloat16, unless
+`gradient_dtype` asks for it: where devices share a weight, their parts of dw travel in that dtype.
 
 In float32 the rule is about dw alone: JAX's own asks for (g^T x)^T, for which XLA's CPU backend
 writes g out transposed and then multiplies two transposed operands: a sixth of a layer's time.
@@ -12,16 +13,17 @@ writes g out transposed and then multiplies two transposed operands: a sixth of 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from functools import partial
-from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from lcl.attention.ambient import ambient_mesh
+from lcl.attention.ambient import ambient_mesh, ambient_platform
 from lcl.attention.matmul import materialized_transpose, plain_dot
 
 
@@ -31,6 +33,8 @@ def dense_dot(
     *,
     num_contracting: int = 1,
     compute_dtype: DTypeLike | None = None,
+    gradient_dtype: DTypeLike | None = None,
+    axes: tuple[str | None, ...] | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
     """Contracts the last `num_contracting` dims of x with the first ones of w.
@@ -44,6 +48,11 @@ def dense_dot(
       compute_dtype: bfloat16 for bfloat16 operands with float32 accumulation; None for the promoted
         dtype of x and w. Differentiable in reverse, and that again in either mode
         (Hessian-vector products) where the dtype is float32.
+      gradient_dtype: in which dw is summed over the devices that hold other tokens. None: float32
+        at least. bfloat16 halves the bytes sent; each device's part is still accumulated in
+        float32, then rounded.
+      axes: logical names of w's dims as it is used, None for a dim that is whole. A mesh on which w
+        lies cut otherwise gathers it, in `compute_dtype`. None: as the compiler likes.
       dtype: of the result. Gradients have the dtypes of x and w.
 
     Returns:
@@ -65,29 +74,57 @@ def dense_dot(
             f"with the first of {w.shape}: they must be equal"
         )
     compute_dtype = jnp.dtype(compute_dtype or jnp.promote_types(x.dtype, w.dtype))
-    return _dot(x, w, num_contracting, compute_dtype).astype(dtype)
+    how = _How(num_contracting, compute_dtype, _narrow(gradient_dtype), axes)
+    return _dot(x, w, how).astype(dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _dot(x: jax.Array, w: jax.Array, num_contracting: int, compute_dtype: Any) -> jax.Array:
-    return _forward(x, w, num_contracting, compute_dtype)[0]
+@dataclasses.dataclass(frozen=True)
+class _How:
+    num_contracting: int
+    compute_dtype: jnp.dtype
+    gradient_dtype: jnp.dtype | None
+    axes: tuple[str | None, ...] | None
+
+    def used(self, w: jax.Array) -> jax.Array:
+        """w in the compute dtype, lying as the matmuls want it."""
+        w_low = w.astype(self.compute_dtype)
+        # Said out loud, so that a layer's recomputation and its backward pass share one gather: the
+        # partitioner gathers once for each of them where many operations lie between.
+        return w_low if self.axes is None else nn.with_logical_constraint(w_low, self.axes)
 
 
-def _forward(x: jax.Array, w: jax.Array, num_contracting: int, compute_dtype: Any):
-    x_low = x.astype(compute_dtype)
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _dot(x: jax.Array, w: jax.Array, how: _How) -> jax.Array:
+    return _forward(x, w, how)[0]
+
+
+def _forward(x: jax.Array, w: jax.Array, how: _How):
+    x_low = x.astype(how.compute_dtype)
     # w itself is kept and cast again: it exists anyway, a cast copy of every layer's would not.
     # The empty array carries the dtype of x to the backward pass.
     residuals = (x_low, w, jnp.zeros((0,), x.dtype))
-    return plain_dot(x_low, w.astype(compute_dtype), num_contracting), residuals
+    return plain_dot(x_low, how.used(w), how.num_contracting), residuals
 
 
-def _backward(num_contracting: int, compute_dtype: Any, residuals, g: jax.Array):
+def _backward(how: _How, residuals, g: jax.Array):
     x, w, x_kind = residuals
-    w_low, g = w.astype(compute_dtype), g.astype(compute_dtype)
-    num_batch, num_out = x.ndim - num_contracting, w.ndim - num_contracting
-    dx = plain_dot(g, materialized_transpose(w_low, num_contracting), num_out)
-    dw = _over_tokens(x, g, num_batch)
+    g = g.astype(how.compute_dtype)
+    dx = _over_outputs(g, how.used(w), how.num_contracting, w.ndim - how.num_contracting)
+    dw = _over_tokens(x, g, x.ndim - how.num_contracting)
+    if how.gradient_dtype is not None:
+        dw = dw.astype(how.gradient_dtype)
     return dx.astype(x_kind.dtype), dw.astype(w.dtype)
+
+
+def _over_outputs(g: jax.Array, w: jax.Array, num_contracting: int, num_out: int) -> jax.Array:
+    """g w^T, summed over the last `num_out` dims: the gradient of x."""
+    if ambient_platform() == "tpu":
+        # Of w as it stands: a mesh that has gathered it for the layer's recomputation need not
+        # gather a transposed copy too. A TPU transposes inside the matmul.
+        outs = tuple(range(g.ndim - num_out, g.ndim)), tuple(range(num_contracting, w.ndim))
+        accum = jnp.promote_types(w.dtype, jnp.float32)
+        return lax.dot_general(g, w, (outs, ((), ())), preferred_element_type=accum)
+    return plain_dot(g, materialized_transpose(w, num_contracting), num_out)
 
 
 def _over_tokens(x: jax.Array, g: jax.Array, num_batch: int) -> jax.Array:
@@ -103,3 +140,39 @@ def _over_tokens(x: jax.Array, g: jax.Array, num_batch: int) -> jax.Array:
 
 
 _dot.defvjp(_forward, _backward)
+
+
+def with_gradient_in(parameter: jax.Array, gradient_dtype: DTypeLike | None) -> jax.Array:
+    """The parameter itself; its gradient is rounded to `gradient_dtype` before devices sum it.
+
+    Args:
+      parameter: float array.
+      gradient_dtype: "bfloat16" rounds; float32 and None leave the gradient alone.
+
+    Returns:
+      The same values in the same dtype.
+
+    Example:
+      >>> import jax
+      >>> jax.grad(lambda x: 1.001 * with_gradient_in(x, "bfloat16"))(1.0).item()
+      1.0
+    """
+    summed_in = _narrow(gradient_dtype)
+    return parameter if summed_in is None else _rounded(parameter, summed_in)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _rounded(x: jax.Array, summed_in: jnp.dtype) -> jax.Array:
+    return x
+
+
+_rounded.defvjp(
+    lambda x, summed_in: (x, None),
+    lambda summed_in, _, g: (g.astype(summed_in).astype(g.dtype),),
+)
+
+
+def _narrow(gradient_dtype: DTypeLike | None) -> jnp.dtype | None:
+    """None where the gradient keeps its own dtype."""
+    rounds = gradient_dtype is not None and jnp.dtype(gradient_dtype).itemsize < 4
+    return jnp.dtype(gradient_dtype) if rounds else None

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lcl.models.dense import dense_dot
+from lcl.models.dense import dense_dot, with_gradient_in
 from lcl.models.lookup import embed_tokens
 
 _CUT = 3.0  # standard deviations
@@ -81,6 +81,7 @@ class Dense(nn.Module):
       axes: one logical axis name for each axis of the kernel.
       dtype: what the matmul computes in.
       out_dtype: of the result.
+      gradient_dtype: in which the kernel's gradient is summed over devices; None: float32.
       use_bias: whether a bias [*out_shape] is added.
       init_scale: the kernel's standard deviation is init_scale / sqrt(size of in_shape).
     """
@@ -90,6 +91,7 @@ class Dense(nn.Module):
     axes: tuple[str, ...]
     dtype: jnp.dtype
     out_dtype: jnp.dtype
+    gradient_dtype: jnp.dtype | None = None
     use_bias: bool = False
     init_scale: float = 1.0
 
@@ -103,7 +105,14 @@ class Dense(nn.Module):
             self.in_shape + self.out_shape,
             jnp.float32,
         )
-        y = dense_dot(x, kernel, num_contracting=len(self.in_shape), compute_dtype=self.dtype)
+        y = dense_dot(
+            x,
+            kernel,
+            num_contracting=len(self.in_shape),
+            compute_dtype=self.dtype,
+            gradient_dtype=self.gradient_dtype,
+            axes=tuple(None if name == "embed" else name for name in self.axes),
+        )
         if self.use_bias:
             out_axes = self.axes[len(self.in_shape) :]
             y += self.param(
@@ -123,12 +132,14 @@ class RMSNorm(nn.Module):
       axis: its logical axis name.
       eps: added to the mean square.
       dtype: of the result.
+      gradient_dtype: in which the scale's gradient is summed over devices; None: float32.
     """
 
     dim: int
     axis: str
     eps: float
     dtype: jnp.dtype
+    gradient_dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -139,6 +150,7 @@ class RMSNorm(nn.Module):
             (self.dim,),
             jnp.float32,
         )
+        scale = with_gradient_in(scale, self.gradient_dtype)
         return _normalise(x, scale, self.eps, self.dtype)
 
 
@@ -184,6 +196,7 @@ class GatedMlp(nn.Module):
       use_bias: biases on all three projections.
       init_scale: of gate and up.
       out_init_scale: of down.
+      gradient_dtype: in which the kernels' gradients are summed over devices; None: float32.
     """
 
     embed_dim: int
@@ -193,6 +206,7 @@ class GatedMlp(nn.Module):
     use_bias: bool
     init_scale: float
     out_init_scale: float
+    gradient_dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -205,6 +219,7 @@ class GatedMlp(nn.Module):
                 axes=("embed", "mlp"),
                 dtype=self.dtype,
                 out_dtype=self.dtype,
+                gradient_dtype=self.gradient_dtype,
                 use_bias=self.use_bias,
                 init_scale=self.init_scale,
                 name=name,
@@ -220,6 +235,7 @@ class GatedMlp(nn.Module):
             axes=("mlp", "embed"),
             dtype=self.dtype,
             out_dtype=self.out_dtype,
+            gradient_dtype=self.gradient_dtype,
             use_bias=self.use_bias,
             init_scale=self.out_init_scale,
             name="down",

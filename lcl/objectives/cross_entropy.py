@@ -26,10 +26,11 @@ whole would be large (Llama-3-8B: 1.05 GB in bfloat16 and 2.1 GB of gradient, on
 No more than two gathered chunks (nothing waits for the next, so that a compiler that is asked for
 asynchronous collectives may fetch it meanwhile; by default libtpu does not), one chunk of the
 gradient and [R, W] logits exist. What it costs: 8 R D V FLOPs (the logits are made twice); the
-head travels twice in the compute dtype and its gradient once in float32, whatever the number of
-tokens; and d hidden is read and written once a chunk of the vocabulary, by arithmetic about
-4% of the matmuls' time on a TPU v5p. The other order, tokens outside and vocabulary inside, would
-fetch the whole head anew for every chunk of tokens.
+head travels twice in the compute dtype and its gradient once in `gradient_dtype`, whatever the
+number of tokens; and d hidden is read and written once a chunk of the vocabulary, by arithmetic
+about 4% of the matmuls' time on a TPU v5p. With `keep_head` the pieces that pass 1 has gathered
+stay for pass 2: one journey fewer for the whole head's memory. The other order, tokens outside and
+vocabulary inside, would fetch the whole head anew for every chunk of tokens.
 """
 
 from __future__ import annotations
@@ -69,8 +70,10 @@ def chunked_cross_entropy(
     *,
     chunk_size: int = 512,
     vocab_chunk: int | None = None,
+    keep_head: bool = False,
     z_loss: float = 0.0,
     dtype: DTypeLike | None = None,
+    gradient_dtype: DTypeLike = jnp.float32,
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sum of -log softmax(hidden @ kernel)[target], without a [T, V] array.
 
@@ -93,9 +96,13 @@ def chunked_cross_entropy(
       vocab_chunk: columns of a device's part of the head that are worked on at once, in two passes
         (top of this file). None: one pass over the whole, except where the mesh cuts the kernel
         along D and a device's [D, V] in float32 exceeds 256 MiB; then chunks of up to 64 MiB.
+      keep_head: of two passes, the second takes the gathered head of the first, which is kept for
+        it: D V values of `dtype` on every device, for half of the head's gathers.
       z_loss: coefficient of lse^2, which keeps the logits from drifting (PaLM, section 5).
       dtype: of the matmuls' operands; None is the promoted dtype of hidden and kernel. Logits,
         softmax and loss are float32 at least.
+      gradient_dtype: in which the devices' parts of the kernel's gradient are summed over a mesh
+        (each part is accumulated in float32).
 
     Returns:
       The weighted sum (float32 scalar; z-loss included), differentiable once with respect to
@@ -127,8 +134,12 @@ def chunked_cross_entropy(
         raise ValueError(f"chunk_size={chunk_size}: must be at least 1 token")
     if vocab_chunk is not None and vocab_chunk < 1:
         raise ValueError(f"vocab_chunk={vocab_chunk}: must be at least 1 column, or None")
-    dtype = jnp.promote_types(hidden_BTD.dtype, kernel_DV.dtype) if dtype is None else dtype
-    settings = _Settings(chunk_size, vocab_chunk, z_loss, jnp.dtype(dtype).name)
+    dtype = jnp.dtype(dtype or jnp.promote_types(hidden_BTD.dtype, kernel_DV.dtype))
+    rounds = jnp.dtype(gradient_dtype).itemsize < 4
+    summed_in = gradient_dtype if rounds else jnp.promote_types(dtype, jnp.float32)
+    settings = _Settings(
+        chunk_size, vocab_chunk, keep_head, z_loss, dtype.name, jnp.dtype(summed_in).name
+    )
     total, nll_BT = _cross_entropy(hidden_BTD, kernel_DV, targets_BT, weights_BT, settings)
     return total, lax.stop_gradient(nll_BT)
 
@@ -137,8 +148,10 @@ def chunked_cross_entropy(
 class _Settings:
     chunk_size: int
     vocab_chunk: int | None
+    keep_head: bool
     z_loss: float
     dtype: str
+    gradient_dtype: str
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -337,6 +350,7 @@ def _one_pass(hidden_BTD, kernel_EV, targets_BT, weights_BT, settings, with_grad
     dkernel_DV, (nll_CR, objective_CR, dhidden_CRD) = lax.scan(loss_and_gradients, start, chunks)
     objective_BT = join(objective_CR)
     total = places.sum_over_tokens(jnp.sum(weights_BT * objective_BT))
+    dkernel_DV = dkernel_DV.astype(settings.gradient_dtype)
     dkernel_EV = places.sum_over_copies(places.scatter(dkernel_DV))
     return total, join(nll_CR), (join(dhidden_CRD), dkernel_EV, objective_BT)
 
@@ -403,9 +417,8 @@ def _two_passes(
             logits_RW = jnp.where(column_RW < vocab, logits_RW, -jnp.inf)
         return logits_RW, column_RW == targets_R[:, None]
 
-    def statistics(carry, n):
-        kernel_DW, so_far = carry
-        ahead = fetch(n + 1)  # nothing below waits for it
+    def statistics(kernel_DW, so_far, n):
+        """The online log-sum-exp with one more piece of the vocabulary."""
 
         def of_chunk(args):
             hidden_RD, targets_R, (top_R, total_R, target_R) = args
@@ -415,13 +428,22 @@ def _two_passes(
             total_R = total_R * jnp.exp(top_R - new_R) + exp_R
             return new_R, total_R, target_R + jnp.sum(jnp.where(hit_RW, logits_RW, 0.0), axis=1)
 
-        return (ahead, lax.map(of_chunk, (hidden_CRD, targets_CR, so_far))), None
+        return lax.map(of_chunk, (hidden_CRD, targets_CR, so_far))
 
-    zeros = jnp.zeros(targets_CR.shape, accum)
+    def pass_1(carry, n):
+        kernel_DW, so_far = carry
+        ahead = fetch(n + 1)  # nothing below waits for it
+        return (ahead, statistics(kernel_DW, so_far, n)), kernel_DW if keep else None
+
+    zeros, keep = jnp.zeros(targets_CR.shape, accum), settings.keep_head and with_gradients
     start = fetch(0), (jnp.full_like(zeros, -jnp.inf), zeros, zeros)
-    (kernel_DW, (top_CR, total_CR, target_CR)), _ = lax.scan(
-        statistics, start, jnp.arange(num_chunks)
-    )
+    # The last piece is fetched by the one before it; what follows fetches the first one again,
+    # for pass 2, unless that has them all.
+    num_fetching = num_chunks - 1 if keep else num_chunks
+    (kernel_DW, so_far), kept_nDW = lax.scan(pass_1, start, jnp.arange(num_fetching))
+    if keep:
+        so_far = statistics(kernel_DW, so_far, num_chunks - 1)
+    top_CR, total_CR, target_CR = so_far
     highest_CR = places.max_over_vocab(top_CR)
     total_CR = places.sum_over_vocab(total_CR * jnp.exp(top_CR - highest_CR))
     lse_CR = jnp.log(total_CR) + highest_CR
@@ -432,9 +454,9 @@ def _two_passes(
         return total, tokens.join(nll_CR), None
     slope_CR = weights_CR * (1.0 + 2.0 * settings.z_loss * lse_CR)
 
-    def gradients(carry, n):
-        kernel_DW, dhidden_CRD = carry
-        ahead, kernel_WD = fetch(n + 1), materialized_transpose(kernel_DW)
+    def gradients(kernel_DW, dhidden_CRD, n):
+        """d hidden with one more piece of the vocabulary, and the piece's d kernel [E, W]."""
+        kernel_WD = materialized_transpose(kernel_DW)
 
         def of_chunk(c, sums):
             dhidden_CRD, dkernel_DW = sums
@@ -450,15 +472,28 @@ def _two_passes(
 
         sums = dhidden_CRD, jnp.zeros(kernel_DW.shape, accum)
         dhidden_CRD, dkernel_DW = lax.fori_loop(0, hidden_CRD.shape[0], of_chunk, sums)
-        return (ahead, dhidden_CRD), places.scatter(dkernel_DW)
+        return dhidden_CRD, places.scatter(dkernel_DW.astype(settings.gradient_dtype))
 
-    (_, dhidden_CRD), dkernel_nEW = lax.scan(
-        gradients, (kernel_DW, jnp.zeros(hidden_CRD.shape, accum)), jnp.arange(num_chunks)
-    )
+    def pass_2(carry, n):
+        kernel_DW, dhidden_CRD = carry
+        ahead = fetch(n + 1)
+        dhidden_CRD, dkernel_EW = gradients(kernel_DW, dhidden_CRD, n)
+        return (ahead, dhidden_CRD), dkernel_EW
+
+    dhidden_CRD = jnp.zeros(hidden_CRD.shape, accum)
+    if keep:
+        dhidden_CRD, last_EW = gradients(kernel_DW, dhidden_CRD, num_chunks - 1)
+        dhidden_CRD, dkernel_nEW = lax.scan(
+            lambda sums, piece: gradients(piece[1], sums, piece[0]),
+            dhidden_CRD,
+            (jnp.arange(num_chunks - 1), kept_nDW),
+        )
+        dkernel_nEW = jnp.concatenate([dkernel_nEW, last_EW[None]])
+    else:
+        (_, dhidden_CRD), dkernel_nEW = lax.scan(
+            pass_2, (kernel_DW, dhidden_CRD), jnp.arange(num_chunks)
+        )
     dkernel_EV = jnp.moveaxis(dkernel_nEW, 0, 1).reshape(-1, num_chunks * columns)[:, :vocab]
     dhidden_BTD = tokens.join(places.sum_over_vocab(dhidden_CRD))
-    return (
-        total,
-        tokens.join(nll_CR),
-        (dhidden_BTD, places.sum_over_copies(dkernel_EV), objective_BT),
-    )
+    gradients_of_all = dhidden_BTD, places.sum_over_copies(dkernel_EV), objective_BT
+    return total, tokens.join(nll_CR), gradients_of_all

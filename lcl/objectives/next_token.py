@@ -40,12 +40,18 @@ class NextToken:
     Attributes:
       z_loss: coefficient of lse^2; part of the loss, not of the sums by source.
       chunk_size: tokens of a device whose logits are alive at once.
+      vocab_chunk: columns of the output head that are worked on at once, in two passes; None
+        chooses. See `lcl.objectives.cross_entropy`.
+      keep_head: in two passes, gather each piece once and keep it: memory for a whole head in the
+        compute dtype, half of the gathers.
       normalisation: "token", "sequence" or "row". The loss and its gradient only: the sums by
         source, from which the loss of every domain is reported, count tokens always.
     """
 
     z_loss: float = 0.0
     chunk_size: int = 512
+    vocab_chunk: int | None = None
+    keep_head: bool = False
     normalisation: str = "token"
 
     def __post_init__(self) -> None:
@@ -53,6 +59,8 @@ class NextToken:
             raise ValueError(f"z_loss={self.z_loss}: must be 0 or more; 1e-4 is usual")
         if self.chunk_size < 1:
             raise ValueError(f"chunk_size={self.chunk_size}: must be at least 1 token")
+        if self.vocab_chunk is not None and self.vocab_chunk < 1:
+            raise ValueError(f"vocab_chunk={self.vocab_chunk}: must be at least 1 column, or None")
         if self.normalisation not in NORMALISATIONS:
             raise ValueError(
                 f"normalisation {self.normalisation!r} is unknown; use one of "
@@ -106,8 +114,11 @@ class NextToken:
             batch.targets,
             share_BT,
             chunk_size=self.chunk_size,
+            vocab_chunk=self.vocab_chunk,
+            keep_head=self.keep_head,
             z_loss=self.z_loss,
             dtype=model.config.dtype,
+            gradient_dtype=model.config.gradient_dtype,
         )
         if denominator is not None:
             num_shares = denominator

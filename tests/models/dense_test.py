@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcl.models.dense import dense_dot
+from lcl.models.dense import dense_dot, with_gradient_in
 
 FORMS = {
     "matrix": ((2, 7, 16), (16, 24), 1, "BTD,DF->BTF"),
@@ -74,6 +74,34 @@ def test_float32_differentiates_twice_and_forward():
     _, product = jax.jvp(jax.grad(f), (w,), (direction,))  # Hessian-vector product
     assert np.isfinite(product).all()
     assert product.any()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_narrow_gradient_is_the_exact_one_rounded_once(form):
+    x_shape, w_shape, num_contracting, _ = FORMS[form]
+    rng = np.random.default_rng(1)
+    x, w = (jnp.array(rng.normal(size=s), jnp.float32) for s in (x_shape, w_shape))
+
+    def gradients(gradient_dtype):
+        def f(x, w):
+            y = dense_dot(x, w, num_contracting=num_contracting, gradient_dtype=gradient_dtype)
+            return jnp.sum(jnp.sin(y))
+
+        return jax.grad(f, (0, 1))(x, w)
+
+    (dx, dw), (dx_narrow, dw_narrow) = gradients("float32"), gradients("bfloat16")
+    np.testing.assert_array_equal(dx, dx_narrow)
+    assert dw_narrow.dtype == jnp.float32
+    np.testing.assert_array_equal(dw.astype(jnp.bfloat16), dw_narrow)
+    assert (dw != dw_narrow).any()
+
+
+def test_with_gradient_in():
+    third = jnp.float32(1 / 3)
+    for name, want in (("bfloat16", third.astype(jnp.bfloat16)), ("float32", third), (None, third)):
+        value, slope = jax.value_and_grad(lambda x, n=name: third * with_gradient_in(x, n))(3.0)
+        assert value == third * 3.0
+        assert slope == want, name
 
 
 @pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])

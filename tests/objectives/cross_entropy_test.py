@@ -174,11 +174,12 @@ from lcl.objectives import chunked_cross_entropy
 hidden, kernel, targets, weights = inputs(batch=8, length=24, vocab=48)
 want = ours(hidden, kernel, targets, weights, z_loss=0.01, chunk_size=40)
 
-@partial(jax.jit, static_argnums=4)
-def run(hidden, kernel, targets, weights, vocab_chunk=None):
+@partial(jax.jit, static_argnums=(4, 5, 6))
+def run(hidden, kernel, targets, weights, vocab_chunk=None, keep_head=False, summed_in="float32"):
     def f(hidden, kernel, weights):
         return chunked_cross_entropy(
-            hidden, kernel, targets, weights, z_loss=0.01, chunk_size=10, vocab_chunk=vocab_chunk
+            hidden, kernel, targets, weights, z_loss=0.01, chunk_size=10, vocab_chunk=vocab_chunk,
+            keep_head=keep_head, gradient_dtype=summed_in,
         )
     return value_and_gradients(f, hidden, kernel, targets, weights)
 
@@ -198,8 +199,8 @@ for sizes in ((8, 1, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2), (2, 1, 4, 1), (1, 4, 2, 
         place = NamedSharding(mesh, P(("fsdp", "context"), "tensor"))
         args.insert(1, jax.device_put(kernel, place))
         cut, vocab = sizes[1] * sizes[2], 48 // sizes[3]
-        for columns in (None, 5):
-            compiled = run.lower(*args, columns).compile()
+        for columns, keep_head in ((None, False), (5, False), (5, True)):
+            compiled = run.lower(*args, columns, keep_head).compile()
             got = compiled(*args)
             check(got, want)
             assert cut == 1 or got[1][1].sharding.is_equivalent_to(place, 2), got[1][1].sharding
@@ -211,6 +212,14 @@ for sizes in ((8, 1, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2), (2, 1, 4, 1), (1, 4, 2, 
             # Where the mesh cuts the kernel, no gradient of the kernel is summed whole.
             summed = shapes("all-reduce", text)
             assert cut == 1 or not {f"16,{vocab}", "16,5"} & set(summed), (sizes, columns, summed)
+            # Kept, a piece of the head is gathered at two places only: the first, and in pass 1.
+            places = len(shapes("all-gather", text))
+            assert cut == 1 or places == (1 if columns is None else 2 if keep_head else 3), places
+        narrow = run(*args, 5, True, "bfloat16")
+        check(narrow[0], want[0])
+        error = np.abs(np.asarray(narrow[1][1]) - want[1][1]).max() / np.abs(want[1][1]).max()
+        assert error < 2**-7, error
+        assert cut == 1 or error > 2**-14, error
 
 # A batch, a length and a vocabulary that no axis divides are right all the same.
 hidden, kernel, targets, weights = inputs(batch=3, length=7, vocab=50)

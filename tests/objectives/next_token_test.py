@@ -27,7 +27,7 @@ class FakeBatch(NamedTuple):
 class FakeModel:
     """Logits of each token are a row of a table: hidden is one-hot, the head is the table."""
 
-    config = SimpleNamespace(dtype="float32")
+    config = SimpleNamespace(dtype="float32", gradient_dtype="float32")
 
     def apply(
         self, variables, tokens, positions, segment_ids_BT=None, row_index_BT=None, *, method

@@ -88,6 +88,7 @@ class Run:
     def start(self, mesh: dict[str, int]) -> subprocess.Popen[str]:
         """Starts or goes on, on eight CPU devices."""
         environment = dict(os.environ) | {"PYTHONPATH": str(HERE.parent), "JAX_PLATFORMS": "cpu"}
+        environment["PYTHONFAULTHANDLER"] = "1"  # see `_wait`
         environment |= host_device_environment(8, environment)
         axes = [f"--gin.MeshConfig.{axis}={size}" for axis, size in mesh.items()]
         with open(self.log, "a") as log:
@@ -101,8 +102,19 @@ class Run:
     def finish(self, mesh: dict[str, int], timeout: float) -> float:
         """Runs to the end; returns the seconds it took."""
         begin = time.monotonic()
-        assert self.start(mesh).wait(timeout) == 0, self.log.read_text()[-4000:]
+        assert self._wait(self.start(mesh), timeout) == 0, self.log.read_text()[-4000:]
         return time.monotonic() - begin
+
+    def _wait(self, child: subprocess.Popen[str], timeout: float) -> int:
+        """The exit code; a child that stands still says where before it is ended."""
+        try:
+            return child.wait(timeout)
+        except subprocess.TimeoutExpired:
+            child.send_signal(signal.SIGABRT)  # every thread's stack, into the log
+            child.wait(60)
+            raise AssertionError(
+                f"not done within {timeout:.0f} s\n{self.log.read_text()[-12000:]}"
+            ) from None
 
     def signal_after(self, mesh: dict[str, int], steps: int, number: int, timeout: float) -> int:
         """Starts, sends a signal once so many steps are logged; returns the exit code."""
@@ -110,11 +122,10 @@ class Run:
         while self.num_logged() < steps:
             assert child.poll() is None, self.log.read_text()[-4000:]
             if time.monotonic() > end:
-                child.kill()
-                raise AssertionError(f"no {steps} steps within {timeout} s")
+                self._wait(child, 0.0)
             time.sleep(0.02)
         child.send_signal(number)
-        return child.wait(timeout)
+        return self._wait(child, timeout)
 
     def num_logged(self) -> int:
         """Lines of metrics.jsonl."""
@@ -169,7 +180,7 @@ def test_a_long_run_goes_on_on_another_context_mesh(tmp_path):
     from lcl.data.testing import make_stores
 
     make_stores(tmp_path / "stores", {"alpha": 40, "beta": 40}, seed=3)
-    print(check(tmp_path / "stores", tmp_path, 512, ["alpha", "beta"], delay=0.2, timeout=240))
+    print(check(tmp_path / "stores", tmp_path, 512, ["alpha", "beta"], delay=0.2, timeout=400))
 
 
 def main() -> None:

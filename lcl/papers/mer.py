@@ -11,6 +11,9 @@ many new tokens in every arm but two:
                                   all but a step of 0.5 or 0.1 (the paper's): 24 windows a stage,
                                   as many as the paper has
     + 25% + Reptile               MER
+    + 25% as A-GEM                the replayed tokens only bend the new ones' gradient (1812.00420)
+    + 25%, within batches         the original MER (1810.11910, algorithm 6): examples of four rows
+                                  one after the other
 
 and the controls without which none of it says anything:
 
@@ -22,17 +25,23 @@ and the controls without which none of it says anything:
 
 A forgetting score alone rewards not learning. So MER is also compared at equal learning: the arms
 of 25% replay at four rates make a line of forgetting over learned loss for each seed, and it is
-read where Reptile's learned loss lies. The measured result stands in configs/papers/mer.gin.
+read where Reptile's learned loss lies. And whether Reptile aligns gradients is looked at: the
+cosine of new and replayed gradients, at every evaluation. The measured result stands in
+configs/papers/mer.gin.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lcl.data import Replay
+from lcl.analysis import GradientAlignment
+from lcl.data import Data, Replay
+from lcl.objectives import AGem, NextToken, WithinBatchReptile
 from lcl.optim import Reptile
 from lcl.papers import figures, streams
 from lcl.papers.claims import Claim, Values
@@ -40,6 +49,7 @@ from lcl.papers.grid import PaperRun
 from lcl.papers.registry import PodRun
 from lcl.papers.stream_paper import StreamPaper
 from lcl.papers.streams import MadeUp
+from lcl.report.read import Run
 from lcl.stages import Stage
 
 if TYPE_CHECKING:
@@ -54,6 +64,7 @@ LOW, LOWER, LOWEST = ", low rate", ", lower rate", ", lowest rate"
 RATES = {"": 1.0, LOW: 0.3, LOWER: 0.1, LOWEST: 0.05}
 REPTILE, REPTILE_01 = "+ Reptile .5", "+ Reptile .1"
 MER, MER_01 = "+ 25% + Reptile .5", "+ 25% + Reptile .1"
+A_GEM, WITHIN = "+ 25% as A-GEM", "+ 25%, within batches"
 FRONTIER = ", rate for its learning"
 _DIGEST = "2508.01908, as quoted by one digest (the table itself was not read)"
 _1B = "1B, mean retained loss: "
@@ -71,6 +82,41 @@ def _claim(
     return Claim(name, text, better, worse, metric, published=published, source=source)
 
 
+class Arm(NamedTuple):
+    """What is an arm's own."""
+
+    stages: tuple[Stage, ...]
+    optimizer: Any
+    objective: Any = NextToken()
+
+
+@dataclasses.dataclass(frozen=True)
+class Misalignment:
+    """1 less the mean cosine of new and replayed gradients: less is better aligned, 1 = neither.
+
+    `gradient_misalignment`; not there for a run without replay. The cosine falls as a run learns:
+    it says something of two runs that have learned alike.
+
+    Attributes:
+      every_steps: how often one looked.
+    """
+
+    every_steps: int
+
+    version = 1
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """How often one looked."""
+        return dataclasses.asdict(self)
+
+    def measure(self, run_dir: str | os.PathLike[str]) -> dict[str, float]:
+        """Reads the run's metrics at the looks; A-GEM's lines have the cosine of every step."""
+        steps, cosines = Run.load(run_dir).series("gradient_cosine")
+        looked = cosines[steps % self.every_steps == 0]
+        return {"gradient_misalignment": float(1 - looked.mean())} if len(looked) else {}
+
+
 @dataclasses.dataclass(frozen=True)
 class MetaExperienceReplay(StreamPaper):
     """The experiment's sizes (`StreamPaper`).
@@ -78,9 +124,13 @@ class MetaExperienceReplay(StreamPaper):
     Attributes:
       sync_every: k of Reptile; it divides the interval of the evaluations, so that these see slow
         weights.
+      inner_rate: of the SGD within a batch.
+      rows_per_example: of an example within a batch.
     """
 
     sync_every: int = 6
+    inner_rate: float = 0.03
+    rows_per_example: int = 4
 
     name = "mer"
     title = "Replay and gradient alignment (arXiv:2508.01908), on manual pages in three languages"
@@ -168,6 +218,26 @@ class MetaExperienceReplay(StreamPaper):
             "worst_gap",
         ),
         _claim(
+            "alignment",
+            "with 25% replay, Reptile (0.1) aligns new and replayed gradients better than without",
+            MER_01,
+            R25,
+            "gradient_misalignment",
+        ),
+        _claim("A-GEM", "A-GEM retains better than nothing", A_GEM, SEQUENTIAL),
+        _claim(
+            "replay, not A-GEM",
+            "25% replay retains better than A-GEM on the same tokens (at half of its compute)",
+            R25,
+            A_GEM,
+        ),
+        _claim(
+            "within batches",
+            "with 25% replay, Reptile within batches retains better than replay alone",
+            WITHIN,
+            R25,
+        ),
+        _claim(
             "joint",
             "50% replay (5/3 of the compute) retains better than all languages at once",
             R50,
@@ -190,36 +260,50 @@ class MetaExperienceReplay(StreamPaper):
         """Reptile over the run's AdamW."""
         return Reptile(inner=self.adamw(), every=self.sync_every, step_size=step_size)
 
-    def arms(self) -> dict[str, tuple[tuple[Stage, ...], Any]]:
-        """Arm -> (stages, optimizer)."""
+    def arms(self) -> dict[str, Arm]:
+        """Arm -> what is its own."""
         plain, replayed = self.sequence(), self.sequence(Replay(0.25))
-        arms: dict[str, tuple[tuple[Stage, ...], Any]] = {}
+        arms: dict[str, Arm] = {}
         for suffix, scale in RATES.items():
-            arms[SEQUENTIAL + suffix] = plain, self.adamw(scale=scale)
+            arms[SEQUENTIAL + suffix] = Arm(plain, self.adamw(scale=scale))
         count = len(self.domains)
         # The first stage replays nothing, so the compute of 25% is (1 + (n - 1) 4/3) / n.
         longer = round(self.steps * (1 + (count - 1) * 4 / 3) / count)
-        arms[LONGER] = self.sequence(steps=longer), self.adamw(total_steps=longer * count)
+        arms[LONGER] = Arm(self.sequence(steps=longer), self.adamw(total_steps=longer * count))
         substituted = self.sequence(Replay(0.25, mode="substitute"))
-        arms[SUBSTITUTED] = substituted, self.adamw()
+        arms[SUBSTITUTED] = Arm(substituted, self.adamw())
         for suffix, scale in RATES.items():
-            arms[R25 + suffix] = replayed, self.adamw(scale=scale)
-        arms[R50] = self.sequence(Replay(0.5)), self.adamw()
-        arms[REPTILE] = plain, self.reptile(0.5)
-        arms[REPTILE_01] = plain, self.reptile(0.1)
-        arms[MER] = replayed, self.reptile(0.5)
-        arms[MER_01] = replayed, self.reptile(0.1)
+            arms[R25 + suffix] = Arm(replayed, self.adamw(scale=scale))
+        arms[R50] = Arm(self.sequence(Replay(0.5)), self.adamw())
+        arms[REPTILE] = Arm(plain, self.reptile(0.5))
+        arms[REPTILE_01] = Arm(plain, self.reptile(0.1))
+        arms[MER] = Arm(replayed, self.reptile(0.5))
+        arms[MER_01] = Arm(replayed, self.reptile(0.1))
+        arms[A_GEM] = Arm(replayed, self.adamw(), AGem())
+        within = WithinBatchReptile(self.inner_rate, rows_per_example=self.rows_per_example)
+        arms[WITHIN] = Arm(replayed, self.adamw(), within)
         joint = streams.joint(self.domains, **self.sizes(steps=self.steps * count))
-        arms[JOINT] = joint, self.adamw()
+        arms[JOINT] = Arm(joint, self.adamw())
         return arms
 
     def runs(self, seed: int, out: pathlib.Path) -> list[PaperRun]:
         """The arms of a seed."""
         data = self.data(out)
-        return [
-            self.run(arm, seed, data, stages, optimizer)
-            for arm, (stages, optimizer) in self.arms().items()
-        ]
+        return [self.arm_run(arm, seed, data) for arm in self.arms()]
+
+    def arm_run(self, arm: str, seed: int, data: Data) -> PaperRun:
+        """One arm of a seed."""
+        own = self.arms()[arm]
+        return self.run(
+            arm,
+            seed,
+            data,
+            own.stages,
+            own.optimizer,
+            objective=own.objective,
+            diagnostics=(GradientAlignment(every_steps=self.interval, by_layer=False),),
+            measures=(Misalignment(self.interval),),
+        )
 
     def derive(self, values: Values, out: pathlib.Path) -> Values:
         """What replay gives at the learning rate that learns as much as MER does."""
@@ -239,6 +323,9 @@ class MetaExperienceReplay(StreamPaper):
         return [
             f"{FRONTIER[2:]!r}: on the line through {R25!r} at the rates 1, 0.3, 0.1 and 0.05, "
             "where a seed's learned loss is the arm's; no value where it lies outside the line",
+            f"gradient alignment: looked at every {self.interval} steps; {A_GEM!r} learns nothing "
+            f"from replayed tokens, and {WITHIN!r} goes over a batch in examples of "
+            f"{self.rows_per_example} rows at the rate {self.inner_rate:g}",
             f"gap and recovery: evaluated every {self.interval} steps; Reptile syncs every "
             f"{self.sync_every} and at the stages' ends",
         ]

@@ -146,6 +146,7 @@ def settings(
     rows: int,
     domains: Sequence[str] | None = None,
     branches: Branches | None = None,
+    diagnostics: Sequence[Any] = (),
     **changes: Any,
 ) -> dict[str, Any]:
     """Arguments of `train` for a run over a stream.
@@ -156,6 +157,7 @@ def settings(
       rows: held-out rows a domain.
       domains: which are evaluated; None = the run's.
       branches: annealed copies to evaluate too.
+      diagnostics: what to look at beside the loss (`lcl.analysis`).
       **changes: other arguments of `train`.
     """
     first = stages[0].data
@@ -171,4 +173,5 @@ def settings(
         branches=branches,
     )
     own = {"seed": seed, "data": data, "stages": tuple(stages), "optimizer": optimizer}
+    own["logging"] = dataclasses.replace(shared["logging"], diagnostics=tuple(diagnostics))
     return shared | own | {"evaluation": evaluation} | changes

@@ -40,7 +40,7 @@ def test_claims_name_runs_or_derived_arms(declared):
 def test_arms_differ_in_stages_schedule_and_model_only(declared):
     _, runs = declared
     first = describe({k: v for k, v in runs[0].settings.items() if k != "data"})
-    may = ("stages", "optimizer", "model.", "evaluation.branches")
+    may = ("stages", "optimizer", "objective", "model.", "evaluation.branches")
     for run in runs[1:]:
         lines = describe({k: v for k, v in run.settings.items() if k != "data"})
         changed = {n for n in {*first, *lines} if first.get(n) != lines.get(n)}

@@ -27,6 +27,7 @@ import contextlib
 import dataclasses
 import importlib
 import inspect
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -267,7 +268,7 @@ class Config:
             gin.clear_config()
             _EVALUATIONS.append(evaluation)
             try:
-                gin.parse_config(self.text)
+                gin.parse_config(_for_gin(self.text))
                 gin.get_configurable(name)(**overrides)
             except ConfigError:
                 assert evaluation.error is not None
@@ -277,6 +278,19 @@ class Config:
                 _EVALUATIONS.pop()
                 gin.clear_config()
         return evaluation
+
+
+# What gin calls its own; a configurable of ours with such a name must be told apart from it.
+_GINS_OWN = re.compile(r"(?<![\w./'\"])(@?(?:\w+/)*)(macro|constant|singleton)(?=[.()])")
+
+
+def _for_gin(text: str) -> str:
+    """The text with `constant` and the like written as `lcl.constant`, where that is ours."""
+
+    def ours(found: re.Match[str]) -> str:
+        return f"{found[1]}lcl.{found[2]}" if found[2] in _CONFIGURABLES else found[0]
+
+    return _GINS_OWN.sub(ours, text)
 
 
 def _entry(name: str) -> config_reader.Configurable:

@@ -272,3 +272,13 @@ def test_what_cannot_be_annealed_is_refused_in_one_line(build, names):
     with pytest.raises(ValueError, match=names) as error:
         build()
     assert "\n" not in str(error.value)
+
+
+def test_constant_is_bound_by_its_name_although_gin_has_one_too():
+    from lcl import config
+
+    for scope, rate in (("", 1e-3), ("low/", 1e-4)):
+        given = [f"AdamW.schedule = @{scope}constant()", f"{scope}constant.rate = {rate}"]
+        loaded = config.load(["configs/runs/quickstart.gin"], given)
+        schedule = loaded.train_kwargs(run_dir="x")["optimizer"].schedule
+        assert rates(schedule, (0, 500)) == pytest.approx(rate)

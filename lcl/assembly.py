@@ -385,6 +385,7 @@ def assemble(
     shape = (evaluation.batch_size, evaluation.sequence_length)
     _check_splits("the evaluation", model, None, device_mesh, shape, layout)
     _check_length(model, "the evaluation", evaluation.sequence_length)
+    stages_lib.check_rows_seen(stages, evaluation.sequence_length)
     if evaluation.samples is not None:
         shape = (evaluation.batch_size, evaluation.samples.row_length)
         _check_splits("the samples", model, None, device_mesh, shape, layout)

@@ -106,7 +106,7 @@ def timeline(stages: Sequence[Stage]) -> tuple[Span, ...]:
     """Places the stages one behind the other.
 
     Raises:
-      ValueError: no stage at all, or two of one name.
+      ValueError: no stage at all, two of one name, or replay where nothing was seen.
 
     >>> from lcl.data import Mixture
     >>> data = StageData(Mixture({"en": 1.0}), sequence_length=256, batch_size=8)
@@ -120,11 +120,41 @@ def timeline(stages: Sequence[Stage]) -> tuple[Span, ...]:
     repeated = [name for name in names if names.count(name) > 1]
     if repeated:
         raise ValueError(f"two stages are called {repeated[0]!r}; give each a name of its own")
+    if len(stages) == 1 and stages[0].data.replay is not None:
+        raise ValueError(
+            f"stage {names[0]!r} is the run's only one and replays, but nothing was seen before "
+            "it: take its StageData.replay away, or add the stages before it"
+        )
     spans, first = [], 0
     for index, stage in enumerate(stages):
         spans.append(Span(index, stage, first, first + stage.num_steps))
         first += stage.num_steps
     return tuple(spans)
+
+
+def check_rows_seen(stages: Sequence[Stage], sequence_length: int) -> None:
+    """Refuses an evaluation on rows longer than any bucket of a run that decomposes its documents.
+
+    Positions that no step trains would be judged. Transforms may train them on short rows (PoSE),
+    so a run that has some is left alone.
+
+    Args:
+      stages: all of the run.
+      sequence_length: of the evaluation.
+
+    Raises:
+      ValueError: names both lengths and the mend.
+    """
+    data = [stage.data for stage in stages]
+    longest = max(one.sequence_length for one in data)
+    free = any(one.decomposition is None or one.transforms for one in data)
+    if not free and longest < sequence_length:
+        raise ValueError(
+            f"the evaluation has rows of {sequence_length} tokens, but the longest bucket has "
+            f"{longest}: set HeldOut.sequence_length to {longest} or fewer, or a stage's "
+            f"Decomposition.max_log2 to {(sequence_length - 1).bit_length()} (its sequence_length "
+            f"to 2 ** that)"
+        )
 
 
 def clocks(spans: Sequence[Span]) -> list[StageClock]:

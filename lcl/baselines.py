@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lcl.data import Mixture
-from lcl.objectives import Accumulate
+from lcl.objectives.parts import plain
 from lcl.stages import Stage
 
 __all__ = ["BASELINES", "baseline", "joint", "naive"]
@@ -116,7 +116,7 @@ def baseline(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     return dict(settings) | {
         "stages": joint(stages) if name == "joint" else naive(stages),
         "optimizer": _plain_optimizer(settings["optimizer"]),
-        "objective": _plain_objective(settings["objective"]),
+        "objective": plain(settings["objective"]),
     }
 
 
@@ -124,14 +124,6 @@ def _plain_optimizer(optimizer: Any) -> Any:
     while hasattr(optimizer, "inner"):
         optimizer = optimizer.inner
     return optimizer
-
-
-def _plain_objective(objective: Any) -> Any:
-    if isinstance(objective, Accumulate):  # how it is computed, not what is tried
-        return dataclasses.replace(objective, objective=_plain_objective(objective.objective))
-    while hasattr(objective, "objective"):
-        objective = objective.objective
-    return objective
 
 
 def _new_rows(stage: Stage) -> dict[str, float]:

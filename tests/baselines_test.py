@@ -11,7 +11,7 @@ from lcl.baselines import baseline, joint, naive
 from lcl.data import LinearMixture, Mixture, Replay, StageData, Subset, TokenBudgets
 from lcl.main import main
 from lcl.models.rope import Rope
-from lcl.objectives import Accumulate, NextToken
+from lcl.objectives import Accumulate, AGem
 from lcl.optim import AdamW, Reptile, constant
 from lcl.stages import Stage
 from tests import tiny
@@ -87,20 +87,16 @@ def test_stages_that_cannot_be_one_are_refused_in_one_line(other, named):
 
 
 def test_a_baseline_has_no_method_around_optimizer_and_objective():
-    @dataclasses.dataclass(frozen=True)
-    class Method:
-        objective: NextToken
-
     inner = AdamW(schedule=constant(rate=1e-3))
     settings = {
         "stages": (stage("a", {"en": 1.0}, 2),),
         "optimizer": Reptile(inner=inner, every=5, step_size=0.5),
-        "objective": Accumulate(pieces=2, objective=Method(NextToken())),
+        "objective": AGem(objective=Accumulate(pieces=2)),  # how it is computed is no method
         "seed": 3,
     }
     found = baseline("naive", settings)
     assert found["optimizer"] is inner and found["seed"] == 3
-    assert found["objective"] == Accumulate(pieces=2, objective=NextToken())
+    assert found["objective"] == Accumulate(pieces=2)
     with pytest.raises(ValueError, match="'jont' is unknown; use joint or naive"):
         baseline("jont", settings)
 

@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "config_reader": {"config_types", "files"},
     "files": set(),
     "config_types": set(),
-    "papers": RUNS | STORY | ROOMS | KERNELS,
+    "papers": {"analysis"} | RUNS | STORY | ROOMS | KERNELS,
     "train": {"analysis", "branches", "sampling"} | STORY | ROOMS | KERNELS,
     "sampling": STORY | ROOMS | KERNELS,
     "scoring": STORY | ROOMS | KERNELS,

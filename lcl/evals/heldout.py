@@ -13,6 +13,7 @@ itself never is.
 
 from __future__ import annotations
 
+import collections
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from lcl.data.store import Data
 
 EvalStep = Callable[[Any, Any], Mapping[str, Any]]
+
+# Steps under way at once: enough to hide the host's work, and far below the 32 programs at which
+# XLA's CPU backend holds back launches (see lcl.checkpoints.digest).
+IN_FLIGHT = 8
 
 
 @dataclass(frozen=True)
@@ -213,9 +218,9 @@ def evaluate(
         batches: what `HeldOut.batches` built.
 
     Returns:
-        {domain: {"nats_per_token", "bits_per_byte", "tokens", "bytes"}}. Steps are dispatched
-        without waiting; each domain's sums come back in one transfer and are added in float64 in
-        batch order, so the result does not depend on timing.
+        {domain: {"nats_per_token", "bits_per_byte", "tokens", "bytes"}}. A few steps are under
+        way at once; each domain's sums come back in one transfer and are added in float64 in batch
+        order, so the result does not depend on timing.
 
     Raises:
         ValueError: the step scored another number of tokens than the batches hold (a loss that
@@ -224,11 +229,15 @@ def evaluate(
     import jax
 
     pending: dict[str, list[tuple[Any, Any]]] = {}
+    under_way: collections.deque[tuple[Any, Any]] = collections.deque()
     for domain, some in batches.items():
         pending[domain] = []
         for batch in some:
             aux = eval_step(params, batches.put(batch) if batches.put else batch)
             pending[domain].append((aux["nll_sum_by_source"], aux["weight_by_source"]))
+            under_way.append(pending[domain][-1])
+            if len(under_way) > IN_FLIGHT:
+                jax.block_until_ready(under_way.popleft())
     results = {}
     for domain, sums in pending.items():
         host = jax.device_get(sums)

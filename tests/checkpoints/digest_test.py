@@ -69,6 +69,36 @@ def test_keys_have_a_digest_and_wide_numbers_are_refused():
         digest(np.arange(3))
 
 
+def test_no_more_than_a_few_leaves_are_under_way(monkeypatch):
+    """Else a state of many leaves can stand still on several CPU devices (`digest.IN_FLIGHT`)."""
+    from lcl.checkpoints import digest as module
+
+    waited = []
+
+    class Under:
+        def __init__(self, leaf):
+            self.value = np.uint32(leaf)
+
+        def block_until_ready(self):
+            waited.append(int(self.value))
+
+        def __array__(self, *_, **__):
+            return np.asarray(self.value)
+
+    started = []
+
+    def start(leaf):
+        assert len(started) - len(waited) <= module.IN_FLIGHT
+        started.append(leaf)
+        return Under(leaf)
+
+    monkeypatch.setattr(module, "_array_digest", lambda: start)
+    monkeypatch.setattr(jax, "device_get", lambda some: [one.value for one in some])
+    state = {f"w{i:02d}": np.int32(i) for i in range(40)}
+    assert state_digest(state) == {f"w{i:02d}": i for i in range(40)}
+    assert waited == list(range(40 - module.IN_FLIGHT))
+
+
 def test_one_program_for_one_shape():
     """A state of many layers costs a compilation a distinct shape, not a leaf; again: none."""
     from lcl.checkpoints.digest import _array_digest

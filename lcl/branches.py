@@ -18,7 +18,6 @@ which does the same from an old checkpoint of a run, into a small run directory 
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import inspect
 import logging as logs
@@ -33,6 +32,7 @@ from lcl.assembly import Assembly, assemble
 from lcl.checkpoints import Checkpointer, CheckpointPolicy
 from lcl.evals.branches import check_branch
 from lcl.evals.heldout import evaluate as evaluate_heldout
+from lcl.parallel.run_ahead import RunAhead
 from lcl.policies import read_left_out
 from lcl.recorder import RUN_AHEAD, Recorder
 from lcl.report import MetricsWriter, Progress
@@ -90,7 +90,7 @@ def anneal(
     copy = side.fork(state)
     batches = side.placed_batches(start=at)
     batch = next(batches)
-    behind: collections.deque[Metrics] = collections.deque(maxlen=RUN_AHEAD)
+    ahead = RunAhead(RUN_AHEAD)  # no more batches on the devices than the trunk has
     for step in range(at, at + anneal_steps):
         metrics = None
         if step in left_out:
@@ -98,9 +98,7 @@ def anneal(
         else:
             with jax.transfer_guard("disallow"):
                 copy, metrics = train_step(copy, batch)
-            if len(behind) == RUN_AHEAD:  # no more batches on the devices than the trunk has
-                behind[0]["loss"].block_until_ready()
-            behind.append(metrics)
+            ahead.add(metrics["loss"])
         if record is not None:
             record(step, span, metrics)
         if step + 1 < at + anneal_steps:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lcl.parallel.run_ahead import RunAhead
 from lcl.policies import check_finite
 from lcl.report.progress import Progress
 from lcl.report.writers import MetricsWriter
@@ -55,6 +56,7 @@ class Recorder:
         self._describe_rows = describe_rows
         self._flops_per_token = flops_per_token
         self._peak_flops = peak_flops
+        self._ahead = RunAhead(RUN_AHEAD)
         self._pending: list[tuple[int, Span, Mapping[str, Any] | None]] = []
         self._clock = time.monotonic()
         self._excluded = 0.0
@@ -89,10 +91,7 @@ class Recorder:
         if metrics is not None and looked:
             metrics = {**metrics, "diagnostics": {**metrics.get("diagnostics", {}), **looked}}
         self._pending.append((step, span, metrics))
-        if len(self._pending) > RUN_AHEAD:
-            behind = self._pending[-1 - RUN_AHEAD][2]
-            if behind is not None:
-                behind["loss"].block_until_ready()
+        self._ahead.add(None if metrics is None else metrics["loss"])
 
     def exclude(self, seconds: float) -> None:
         """Takes time that was no training (an evaluation, a compilation) out of the speed."""

@@ -22,14 +22,9 @@ from typing import Any
 import numpy as np
 
 from lcl.checkpoints.leaves import named_leaves
+from lcl.parallel.run_ahead import SMALL_PROGRAMS, RunAhead
 
 _GOLDEN = 0x9E3779B9
-
-# Leaves that are worked on at once. XLA's CPU backend lets 32 programs be in flight on a device and
-# then holds back the next one's launch, on each device for itself. With a state of more leaves that
-# left one device waiting in a sum for another whose launch was held back: for good, where the pool
-# had no third thread (2 devices on 2 cores, 3 of some 35 loaded runs).
-IN_FLIGHT = 8
 
 
 def state_digest(tree: Any) -> dict[str, int]:
@@ -50,11 +45,10 @@ def state_digest(tree: Any) -> dict[str, int]:
     import jax
 
     named = named_leaves(tree)
-    digests: list[jax.Array] = []
+    ahead, digests = RunAhead(SMALL_PROGRAMS), []
     for leaf in named.values():
         digests.append(_array_digest()(_plain(leaf)))
-        if len(digests) > IN_FLIGHT:
-            digests[-1 - IN_FLIGHT].block_until_ready()
+        ahead.add(digests[-1])
     host = jax.device_get(digests)
     return {name: int(value) for name, value in zip(named, host, strict=True)}
 

@@ -13,7 +13,6 @@ itself never is.
 
 from __future__ import annotations
 
-import collections
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,16 +22,13 @@ import numpy as np
 
 from lcl.evals.branches import Branches
 from lcl.evals.samples import Samples
+from lcl.parallel.run_ahead import SMALL_PROGRAMS, RunAhead
 
 if TYPE_CHECKING:
     from lcl.data.batch import Batch
     from lcl.data.store import Data
 
 EvalStep = Callable[[Any, Any], Mapping[str, Any]]
-
-# Steps under way at once: enough to hide the host's work, and far below the 32 programs at which
-# XLA's CPU backend holds back launches (see lcl.checkpoints.digest).
-IN_FLIGHT = 8
 
 
 @dataclass(frozen=True)
@@ -229,15 +225,13 @@ def evaluate(
     import jax
 
     pending: dict[str, list[tuple[Any, Any]]] = {}
-    under_way: collections.deque[tuple[Any, Any]] = collections.deque()
+    ahead = RunAhead(SMALL_PROGRAMS)
     for domain, some in batches.items():
         pending[domain] = []
         for batch in some:
             aux = eval_step(params, batches.put(batch) if batches.put else batch)
             pending[domain].append((aux["nll_sum_by_source"], aux["weight_by_source"]))
-            under_way.append(pending[domain][-1])
-            if len(under_way) > IN_FLIGHT:
-                jax.block_until_ready(under_way.popleft())
+            ahead.add(pending[domain][-1])
     results = {}
     for domain, sums in pending.items():
         host = jax.device_get(sums)

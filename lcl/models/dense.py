@@ -5,7 +5,7 @@ for bfloat16 results; XLA's CPU backend is fast at neither (see lcl.attention.ma
     y = x w,    dx = g w^T,    dw = x^T g
 are three plain products of bfloat16 operands with float32 results; on a TPU the same form is the
 right one. Gradients reach float32 parameters without having been rounded to bfloat16, unless
-`gradient_dtype` asks for it: where devices share a weight, their parts of dw travel in that dtype.
+`with_gradient_in` asks for it: where devices share a parameter, their parts travel in that dtype.
 
 In float32 the rule is about dw alone: JAX's own asks for (g^T x)^T, for which XLA's CPU backend
 writes g out transposed and then multiplies two transposed operands: a sixth of a layer's time.
@@ -33,7 +33,6 @@ def dense_dot(
     *,
     num_contracting: int = 1,
     compute_dtype: DTypeLike | None = None,
-    gradient_dtype: DTypeLike | None = None,
     axes: tuple[str | None, ...] | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
@@ -48,9 +47,6 @@ def dense_dot(
       compute_dtype: bfloat16 for bfloat16 operands with float32 accumulation; None for the promoted
         dtype of x and w. Differentiable in reverse, and that again in either mode
         (Hessian-vector products) where the dtype is float32.
-      gradient_dtype: in which dw is summed over the devices that hold other tokens. None: float32
-        at least. bfloat16 halves the bytes sent; each device's part is still accumulated in
-        float32, then rounded.
       axes: logical names of w's dims as it is used, None for a dim that is whole. A mesh on which w
         lies cut otherwise gathers it, in `compute_dtype`. None: as the compiler likes.
       dtype: of the result. Gradients have the dtypes of x and w.
@@ -74,7 +70,7 @@ def dense_dot(
             f"with the first of {w.shape}: they must be equal"
         )
     compute_dtype = jnp.dtype(compute_dtype or jnp.promote_types(x.dtype, w.dtype))
-    how = _How(num_contracting, compute_dtype, _narrow(gradient_dtype), axes)
+    how = _How(num_contracting, compute_dtype, axes)
     return _dot(x, w, how).astype(dtype)
 
 
@@ -82,7 +78,6 @@ def dense_dot(
 class _How:
     num_contracting: int
     compute_dtype: jnp.dtype
-    gradient_dtype: jnp.dtype | None
     axes: tuple[str | None, ...] | None
 
     def used(self, w: jax.Array) -> jax.Array:
@@ -111,8 +106,6 @@ def _backward(how: _How, residuals, g: jax.Array):
     g = g.astype(how.compute_dtype)
     dx = _over_outputs(g, how.used(w), how.num_contracting, w.ndim - how.num_contracting)
     dw = _over_tokens(x, g, x.ndim - how.num_contracting)
-    if how.gradient_dtype is not None:
-        dw = dw.astype(how.gradient_dtype)
     return dx.astype(x_kind.dtype), dw.astype(w.dtype)
 
 
@@ -147,7 +140,8 @@ def with_gradient_in(parameter: jax.Array, gradient_dtype: DTypeLike | None) -> 
 
     Args:
       parameter: float array.
-      gradient_dtype: "bfloat16" rounds; float32 and None leave the gradient alone.
+      gradient_dtype: "bfloat16" halves the bytes that devices with other tokens send; each one's
+        part is still accumulated in float32, then rounded. float32 and None leave it alone.
 
     Returns:
       The same values in the same dtype.
@@ -157,8 +151,8 @@ def with_gradient_in(parameter: jax.Array, gradient_dtype: DTypeLike | None) -> 
       >>> jax.grad(lambda x: 1.001 * with_gradient_in(x, "bfloat16"))(1.0).item()
       1.0
     """
-    summed_in = _narrow(gradient_dtype)
-    return parameter if summed_in is None else _rounded(parameter, summed_in)
+    rounds = gradient_dtype is not None and jnp.dtype(gradient_dtype).itemsize < 4
+    return _rounded(parameter, jnp.dtype(gradient_dtype)) if rounds else parameter
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -170,9 +164,3 @@ _rounded.defvjp(
     lambda x, summed_in: (x, None),
     lambda summed_in, _, g: (g.astype(summed_in).astype(g.dtype),),
 )
-
-
-def _narrow(gradient_dtype: DTypeLike | None) -> jnp.dtype | None:
-    """None where the gradient keeps its own dtype."""
-    rounds = gradient_dtype is not None and jnp.dtype(gradient_dtype).itemsize < 4
-    return jnp.dtype(gradient_dtype) if rounds else None

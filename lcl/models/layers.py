@@ -107,10 +107,9 @@ class Dense(nn.Module):
         )
         y = dense_dot(
             x,
-            kernel,
+            with_gradient_in(kernel, self.gradient_dtype),
             num_contracting=len(self.in_shape),
             compute_dtype=self.dtype,
-            gradient_dtype=self.gradient_dtype,
             axes=tuple(None if name == "embed" else name for name in self.axes),
         )
         if self.use_bias:

@@ -21,7 +21,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from lcl.papers import figures, streams
 from lcl.papers.claims import Claim, Values
 from lcl.papers.cmr_fit import critical_ratio, extrapolate, fit_power
 from lcl.papers.grid import PaperRun
+from lcl.papers.measures import Measure
 from lcl.papers.registry import PodRun
 from lcl.papers.stream_paper import StreamPaper
 from lcl.papers.streams import Corpora, MadeUp, Prepared
@@ -51,7 +52,7 @@ _CMR = "finance, 460M / 940M / 1.6B / 3.1B: 29.8 / 34.9 / 41.4 / 47.8%"
 
 
 @dataclasses.dataclass(frozen=True)
-class Curves:
+class Curves(Measure):
     """How the losses of the general and of the new domain change over the continued stage.
 
     Metrics "general@<steps>" and "domain@<steps>", nats/token, since the stage began; and
@@ -60,13 +61,6 @@ class Curves:
 
     general: str
     domain: str
-
-    version = 1
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        """The two domains."""
-        return dataclasses.asdict(self)
 
     def measure(self, run_dir: str | os.PathLike[str]) -> dict[str, float]:
         """Reads the evaluations within the last stage."""

@@ -20,19 +20,14 @@ if TYPE_CHECKING:
 
 def save(figure: Figure, stem: str | os.PathLike[str]) -> tuple[pathlib.Path, pathlib.Path]:
     """Writes STEM.png and STEM.svg; the same data gives the same bytes."""
-    import matplotlib
-
     from lcl.report import plots
 
     path = pathlib.Path(stem)
-    png, svg = path.with_suffix(".png"), path.with_suffix(".svg")
-    drawn = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "lcl", "svg.fonttype": "none"}):
-        figure.savefig(drawn, format="svg", metadata={"Date": None})
-    files.write_whole(svg, drawn.getvalue())
-    drawn = io.BytesIO()
-    plots.save(figure, drawn)
-    files.write_whole(png, drawn.getvalue())
+    drawn = {path.with_suffix(kind): io.BytesIO() for kind in (".png", ".svg")}
+    plots.save(figure, *drawn.values())
+    for place, image in drawn.items():
+        files.write_whole(place, image.getvalue())
+    png, svg = drawn
     return png, svg
 
 

@@ -12,35 +12,36 @@ else decides its values) and `measure(run_dir)`; it takes part in the hash of th
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 import os
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from lcl.evals import LossMatrix
 from lcl.evals.stability_gap import StabilityGap
 from lcl.report.read import Run
 
 
-class Measure(Protocol):
+@dataclasses.dataclass(frozen=True)
+class Measure(abc.ABC):
     """What a run of a grid may list in `measures`: a frozen dataclass, so that it can be hashed."""
 
-    @property
-    def version(self) -> int: ...
+    version = 1
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """What decides the values, beside the run itself, as plain values."""
-        ...
+        """What decides the values, beside the run itself, as plain values: the attributes."""
+        return dataclasses.asdict(self)
 
+    @abc.abstractmethod
     def measure(self, run_dir: str | os.PathLike[str]) -> dict[str, float]:
         """{metric: finite value}; a metric that the run does not have is left out."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
-class StreamMeasures:
+class StreamMeasures(Measure):
     """The numbers of a continual run. Losses in nats/token: less is better throughout.
 
         learned_loss     mean over domains of the loss right after the stage that trained it most
@@ -67,13 +68,6 @@ class StreamMeasures:
     interval_steps: int | None = None
     domains: tuple[str, ...] | None = None
 
-    version = 1
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        """The two attributes."""
-        return dataclasses.asdict(self)
-
     def measure(self, run_dir: str | os.PathLike[str]) -> dict[str, float]:
         """Reads the run; a ValueError where it was evaluated less often than `interval_steps`."""
         run = Run.load(run_dir)
@@ -94,6 +88,26 @@ class StreamMeasures:
                 if name.partition("/")[0] in kept
             }
         return _finite(values | cost_values(run))
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientMisalignment(Measure):
+    """1 less the mean cosine of new and replayed gradients: less is better aligned, 1 = neither.
+
+    `gradient_misalignment`; not there for a run without replay. The cosine falls as a run learns:
+    it says something of two runs that have learned alike.
+
+    Attributes:
+      every_steps: how often the run looked (`lcl.analysis.GradientAlignment`).
+    """
+
+    every_steps: int
+
+    def measure(self, run_dir: str | os.PathLike[str]) -> dict[str, float]:
+        """Reads the run's metrics at the looks; A-GEM's lines have the cosine of every step."""
+        steps, cosines = Run.load(run_dir).series("gradient_cosine")
+        looked = cosines[steps % self.every_steps == 0]
+        return {"gradient_misalignment": float(1 - looked.mean())} if len(looked) else {}
 
 
 def matrix_values(matrix: LossMatrix) -> dict[str, float | None]:

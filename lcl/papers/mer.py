@@ -33,8 +33,6 @@ configs/papers/mer.gin.
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -46,10 +44,10 @@ from lcl.optim import Reptile
 from lcl.papers import figures, streams
 from lcl.papers.claims import Claim, Values
 from lcl.papers.grid import PaperRun
+from lcl.papers.measures import GradientMisalignment
 from lcl.papers.registry import PodRun
 from lcl.papers.stream_paper import StreamPaper
 from lcl.papers.streams import MadeUp
-from lcl.report.read import Run
 from lcl.stages import Stage
 
 if TYPE_CHECKING:
@@ -88,33 +86,6 @@ class Arm(NamedTuple):
     stages: tuple[Stage, ...]
     optimizer: Any
     objective: Any = NextToken()
-
-
-@dataclasses.dataclass(frozen=True)
-class Misalignment:
-    """1 less the mean cosine of new and replayed gradients: less is better aligned, 1 = neither.
-
-    `gradient_misalignment`; not there for a run without replay. The cosine falls as a run learns:
-    it says something of two runs that have learned alike.
-
-    Attributes:
-      every_steps: how often one looked.
-    """
-
-    every_steps: int
-
-    version = 1
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        """How often one looked."""
-        return dataclasses.asdict(self)
-
-    def measure(self, run_dir: str | os.PathLike[str]) -> dict[str, float]:
-        """Reads the run's metrics at the looks; A-GEM's lines have the cosine of every step."""
-        steps, cosines = Run.load(run_dir).series("gradient_cosine")
-        looked = cosines[steps % self.every_steps == 0]
-        return {"gradient_misalignment": float(1 - looked.mean())} if len(looked) else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,20 +260,19 @@ class MetaExperienceReplay(StreamPaper):
     def runs(self, seed: int, out: pathlib.Path) -> list[PaperRun]:
         """The arms of a seed."""
         data = self.data(out)
-        return [self.arm_run(arm, seed, data) for arm in self.arms()]
+        return [self.arm_run(name, arm, seed, data) for name, arm in self.arms().items()]
 
-    def arm_run(self, arm: str, seed: int, data: Data) -> PaperRun:
+    def arm_run(self, name: str, arm: Arm, seed: int, data: Data) -> PaperRun:
         """One arm of a seed."""
-        own = self.arms()[arm]
         return self.run(
-            arm,
+            name,
             seed,
             data,
-            own.stages,
-            own.optimizer,
-            objective=own.objective,
+            arm.stages,
+            arm.optimizer,
+            objective=arm.objective,
             diagnostics=(GradientAlignment(every_steps=self.interval, by_layer=False),),
-            measures=(Misalignment(self.interval),),
+            measures=(GradientMisalignment(self.interval),),
         )
 
     def derive(self, values: Values, out: pathlib.Path) -> Values:

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +32,7 @@ from lcl.optim import AdamW, repeated_cosine
 from lcl.papers import figures, streams
 from lcl.papers.claims import Claim, Values
 from lcl.papers.grid import PaperRun, run_one
+from lcl.papers.measures import Measure
 from lcl.papers.registry import PodRun
 from lcl.papers.stream_paper import StreamPaper
 from lcl.papers.streams import Corpora, MadeUp, Prepared
@@ -54,7 +54,7 @@ _SYNE = "2407.18743, as quoted by a digest (no table was read)"
 
 
 @dataclasses.dataclass(frozen=True)
-class Shift:
+class Shift(Measure):
     """What a stage does to the domain it reads and to the general ones before it.
 
         domain_loss        at the end
@@ -71,13 +71,6 @@ class Shift:
     general: tuple[str, ...]
     domain: str
     interval_steps: int
-
-    version = 1
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        """The attributes."""
-        return dataclasses.asdict(self)
 
     def measure(self, run_dir: str | os.PathLike[str]) -> dict[str, float]:
         """Reads the evaluations within the last stage."""

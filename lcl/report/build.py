@@ -23,7 +23,7 @@ from lcl.evals.loss_matrix import UNITS, format_loss
 from lcl.report import heat, page, plots, retention, text
 from lcl.report.alignment import alignment_section
 from lcl.report.branches import branches_section
-from lcl.report.figures import links, put_figure
+from lcl.report.figures import put_figure, put_files
 from lcl.report.progress import duration, human
 from lcl.report.read import Run, load_runs
 from lcl.report.samples import samples_section
@@ -53,8 +53,12 @@ def build_report(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         body = _one(runs[0], folder) if len(runs) == 1 else _several(runs, folder)
+        summary = ""
         if any(run.evals for run in runs):
-            plots.save(heat.draw_summary(runs), folder / "summary.png", svg=folder / "summary.svg")
+            summary = put_files(
+                folder, "summary", lambda theme: heat.draw_summary(runs, theme), dark=False
+            )
+        body.append(_footer(summary))
         title = " and ".join(run.name for run in runs)
         files.write_whole(folder / "index.html", page.document(f"{title} · lcl", body).encode())
     except OSError as error:
@@ -72,7 +76,6 @@ def _one(run: Run, folder: Path) -> list[str]:
         "<main>",
         *_sections(run, folder, prefix=""),
         "</main>",
-        _footer(bool(run.evals)),
     ]
 
 
@@ -117,7 +120,7 @@ def _several(runs: Sequence[Run], folder: Path) -> list[str]:
             *_sections(run, folder, prefix=f"{index + 1}_", matrices=False),
             "</section>",
         ]
-    return [*parts, "</main>", _footer(any(run.evals for run in runs))]
+    return [*parts, "</main>"]
 
 
 def _sections(run: Run, folder: Path, *, prefix: str, matrices: bool = True) -> list[str]:
@@ -312,8 +315,9 @@ def _curves_alt(run: Run, unit: str) -> str:
     return f"Held-out loss over {run.steps_done} steps in {UNITS[unit]}: {'; '.join(said)}."
 
 
-def _footer(summary: bool) -> str:
-    picture = f" In one picture: {links('summary', dark=False)}." if summary else ""
+def _footer(summary: str) -> str:
+    """`summary`: links to the one picture, if there is one."""
+    picture = f" In one picture: {summary}." if summary else ""
     return (
         '<footer class="soft">Written by <code>lcl report</code> from the run’s own logs. '
         "Losses are means over held-out documents; bits/byte compares tokenizers and languages, "

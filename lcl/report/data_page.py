@@ -143,7 +143,7 @@ def _plans(report: DataReport) -> list[str]:
         (_name(plan), [escape(plan.layout), *data_text.plan_cells(plan)]) for plan in report.plans
     ]
     title = "Rows: fill, padding, truncation"
-    parts = [f"<h2>{title}</h2>", page.table(_capital(data_text.TERMS), head, rows)]
+    parts = [f"<h2>{title}</h2>", page.table(page.capital(escape(data_text.TERMS)), head, rows)]
     decomposed = [plan for plan in report.plans if len(plan.buckets) > 1]
     if decomposed:
         parts += ["<h2>Buckets of the decomposition</h2>", '<div class="groups">']
@@ -272,7 +272,3 @@ def _count(pieces: Sequence[Any]) -> str:
 
 def _name(plan: PlanLine) -> str:
     return f"{plan.stage} / {plan.domain}" if plan.stage else plan.domain
-
-
-def _capital(text: str) -> str:
-    return escape(text[0].upper() + text[1:])

@@ -41,11 +41,13 @@ def put_figure(folder: Path, name: str, draw: DrawFn, alt: str, caption: str) ->
     return page.figure(pngs, alt, f"{caption} {links(name)}")
 
 
-def put_files(folder: Path, name: str, draw: Callable[[plots.Theme], Any]) -> str:
+def put_files(
+    folder: Path, name: str, draw: Callable[[plots.Theme], Any], *, dark: bool = True
+) -> str:
     """Writes a figure that is not on the page itself (a table says the same), returns its links."""
-    for theme in plots.THEMES:
+    for theme in plots.THEMES if dark else (plots.LIGHT,):
         _write(folder, name, theme, draw(theme))
-    return links(name)
+    return links(name, dark=dark)
 
 
 def links(name: str, *, dark: bool = True) -> str:

@@ -7,7 +7,6 @@ reader's system; wide tables scroll by themselves on a phone.
 from __future__ import annotations
 
 import base64
-import functools
 import itertools
 import operator
 from collections.abc import Iterable, Mapping, Sequence
@@ -173,17 +172,16 @@ def table(
     Rows of one name that follow one another share it.
     """
     heads = "".join(h if h.startswith("<th") else f'<th scope="col">{h}</th>' for h in head)
-    names = [name for name, _ in rows]
-    body = []
-    for index, (name, cells) in enumerate(rows):
-        kind = ' class="mean"' if mean and index == len(rows) - 1 else ""
-        tds = "".join(c if c.startswith("<td") else f"<td>{c}</td>" for c in cells)
-        following = itertools.takewhile(functools.partial(operator.eq, name), names[index:])
-        alike = len(list(following))
-        spans = f'scope="rowgroup" rowspan="{alike}"' if alike > 1 else 'scope="row"'
-        shared = index > 0 and names[index - 1] == name
-        th = "" if shared else f"<th {spans}>{breakable(name)}</th>"
-        body.append(f"<tr{kind}>{th}{tds}</tr>")
+    body: list[str] = []
+    for name, alike in itertools.groupby(rows, operator.itemgetter(0)):
+        group = list(alike)
+        spans = f'scope="rowgroup" rowspan="{len(group)}"' if len(group) > 1 else 'scope="row"'
+        th = f"<th {spans}>{breakable(name)}</th>"
+        for _, cells in group:
+            kind = ' class="mean"' if mean and len(body) == len(rows) - 1 else ""
+            tds = "".join(c if c.startswith("<td") else f"<td>{c}</td>" for c in cells)
+            body.append(f"<tr{kind}>{th}{tds}</tr>")
+            th = ""  # those below share it
     return (
         f'<div class="table"><p class="caption">{caption}</p><div class="scroll"><table><thead>'
         f"<tr>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table></div></div>"
@@ -200,6 +198,15 @@ def name_cell(name: str) -> str:
     '<td class="name">en</td>'
     """
     return f'<td class="name">{breakable(name)}</td>'
+
+
+def capital(text: str) -> str:
+    """The text with its first letter as a sentence has it.
+
+    >>> capital("one line"), capital("")
+    ('One line', '')
+    """
+    return text[:1].upper() + text[1:]
 
 
 def breakable(name: str) -> str:

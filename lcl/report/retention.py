@@ -74,8 +74,7 @@ def signs() -> str:
 
 def sentence(line: str) -> str:
     """A plain line as a sentence of HTML."""
-    line = escape(" ".join(line.split()))
-    return f"{line[0].upper()}{line[1:]}."
+    return f"{page.capital(escape(' '.join(line.split())))}."
 
 
 def interval(run: Run) -> str:
@@ -124,7 +123,7 @@ def _domain_tables(run: Run, unit: str) -> str:
         rows.append(("mean, trained" if matrix.never_trained else "mean", means))
         heads = [head for head, *_ in some]
         said = "; ".join(f"{head}: {(_LEARNED | _KEPT)[head]}" for head in heads)
-        caption = f"{title}. {_capital(said)}.{after}"
+        caption = f"{title}. {page.capital(said)}.{after}"
         tables.append(page.table(caption, ["", *heads], rows, mean=True))
     return "".join(tables)
 
@@ -163,7 +162,7 @@ def _averages(run: Run, unit: str) -> str:
         f"{UNITS[unit]}, lower is better. Averages run over the domains trained by then; anytime: "
         "over all evaluations too, those within stages included."
     )
-    return f'{page.facts(items)}<p class="soft">{_capital(escape(note))}</p>'
+    return f'{page.facts(items)}<p class="soft">{page.capital(escape(note))}</p>'
 
 
 def gap_section(run: Run, unit: str) -> list[str]:
@@ -256,7 +255,3 @@ def _several(matrix: LossMatrix) -> bool:
 
 def _known(value: float | None) -> str:
     return "" if value is None else format_loss(value)
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

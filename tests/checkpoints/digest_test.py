@@ -70,8 +70,9 @@ def test_keys_have_a_digest_and_wide_numbers_are_refused():
 
 
 def test_no_more_than_a_few_leaves_are_under_way(monkeypatch):
-    """Else a state of many leaves can stand still on several CPU devices (`digest.IN_FLIGHT`)."""
+    """Else a state of many leaves can stand still on several CPU devices (`SMALL_PROGRAMS`)."""
     from lcl.checkpoints import digest as module
+    from lcl.parallel.run_ahead import SMALL_PROGRAMS
 
     waited = []
 
@@ -88,7 +89,7 @@ def test_no_more_than_a_few_leaves_are_under_way(monkeypatch):
     started = []
 
     def start(leaf):
-        assert len(started) - len(waited) <= module.IN_FLIGHT
+        assert len(started) - len(waited) <= SMALL_PROGRAMS
         started.append(leaf)
         return Under(leaf)
 
@@ -96,7 +97,7 @@ def test_no_more_than_a_few_leaves_are_under_way(monkeypatch):
     monkeypatch.setattr(jax, "device_get", lambda some: [one.value for one in some])
     state = {f"w{i:02d}": np.int32(i) for i in range(40)}
     assert state_digest(state) == {f"w{i:02d}": i for i in range(40)}
-    assert waited == list(range(40 - module.IN_FLIGHT))
+    assert waited == list(range(40 - SMALL_PROGRAMS))
 
 
 def test_one_program_for_one_shape():

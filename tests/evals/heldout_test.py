@@ -13,6 +13,7 @@ import pytest
 import lcl.evals.heldout
 from lcl.data.testing import make_stores
 from lcl.evals import EvalBatches, HeldOut, evaluate, summarise
+from lcl.parallel.run_ahead import SMALL_PROGRAMS
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +135,28 @@ def test_sums_are_weighted_and_float64():
 class _Rows:
     def __init__(self, targets, loss_weights):
         self.targets, self.loss_weights = targets, loss_weights
+
+
+def test_no_more_than_a_few_steps_are_under_way(batches):
+    """As many as a domain has batches once made two CPU devices wait for one another."""
+    started, waited = [], []
+
+    class Under(np.ndarray):
+        def block_until_ready(self):
+            waited.append(len(started))
+            return self
+
+    def step(params, batch):
+        assert len(started) - len(waited) <= SMALL_PROGRAMS
+        started.append(None)
+        aux = uniform_step(params, batch)
+        weight = np.asarray(aux["weight_by_source"])
+        return {"nll_sum_by_source": np.asarray(aux["nll_sum_by_source"]).view(Under)} | {
+            "weight_by_source": weight
+        }
+
+    evaluate(step, jnp.float32(1), batches)
+    assert len(started) == 12 and len(waited) == 12 - SMALL_PROGRAMS
 
 
 def test_a_step_that_drops_tokens_is_caught(batches):

@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "cards": {"stages"} | ROOMS | KERNELS,
     "assembly": (STORY - {"assembly", "recorder"}) | ROOMS | KERNELS,
     "programs": {"step"} | ROOMS | KERNELS,
-    "recorder": {"policies", "report", "stages"},
+    "recorder": {"parallel", "policies", "report", "stages"},
     "step": {"stages"} | ROOMS | KERNELS,
     "stages": ROOMS | KERNELS,
     "policies": {"analysis", "files", "report"},

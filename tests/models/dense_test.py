@@ -84,7 +84,8 @@ def test_a_narrow_gradient_is_the_exact_one_rounded_once(form):
 
     def gradients(gradient_dtype):
         def f(x, w):
-            y = dense_dot(x, w, num_contracting=num_contracting, gradient_dtype=gradient_dtype)
+            w = with_gradient_in(w, gradient_dtype)
+            y = dense_dot(x, w, num_contracting=num_contracting)
             return jnp.sum(jnp.sin(y))
 
         return jax.grad(f, (0, 1))(x, w)

@@ -202,7 +202,7 @@ def arm_settings(name, tmp_path):
         (settings,) = [run.settings for run in runs if run.arm == "in-context"]
         return settings
     if name == "mer":
-        return full.arm_run(mer.MER_01, 0, data).settings
+        return full.arm_run("", full.arms()[mer.MER_01], 0, data).settings
     if name == "infinite_lr":
         optimizer, branches = full.optimizer(infinite_lr.INFINITE), full.branches
         stages = full.sequence(Replay(0.25))

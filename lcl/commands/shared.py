@@ -17,7 +17,7 @@ def prepare_jax() -> None:
     import jax
 
     from lcl.parallel import host_device_environment, initialize_distributed
-    from lcl.parallel.host_devices import without_accelerator
+    from lcl.parallel.host_devices import cache_is_wanted, without_accelerator
 
     if "JAX_PLATFORMS" not in os.environ and without_accelerator():
         jax.config.update("jax_platforms", "cpu")  # libtpu would look for a TPU, and take its time
@@ -27,6 +27,8 @@ def prepare_jax() -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "lcl", "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     initialize_distributed()
+    if jax.default_backend() == "cpu" and jax.device_count() > 1 and not cache_is_wanted():
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def pairs(option: str, values: Sequence[str]) -> dict[str, str]:

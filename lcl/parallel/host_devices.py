@@ -11,6 +11,13 @@ partners find no thread: the program stands still and XLA ends it after 40 s ("T
 runs; with the larger pool, or with the schedule that opens fewer collectives at once, in none of 52
 each. We ask for the schedule always, since it costs nothing, and for the pool where devices are
 only pretended, since idle threads beside real cores make a step about 20% slower.
+
+Why no compilation cache: the devices of a program must begin its collectives in one order, which
+XLA's CPU backend keeps by edges between them. A program read back from JAX's persistent cache has
+lost the edges between a loop that holds collectives and those outside it: each level of nesting
+gets an order of its own (jaxlib 0.10.2 and 0.12; `ThunkSequenceSerDesProtobuf`). One device then
+waits in the ring of its layers while another waits in an all-gather after them: a resumed run on
+data 2 x context 4 stood still so, with 122 of its threads idle. Compiled afresh the order is whole.
 """
 
 from __future__ import annotations
@@ -25,6 +32,7 @@ FEWER_OPEN_COLLECTIVES = "--xla_cpu_enable_concurrency_optimized_scheduler=false
 # XLA ends a process whose partners in a collective are 40 s late; beside other work on the same
 # cores a device that is only slow can be that late.
 PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=300"
+CACHE = "JAX_ENABLE_COMPILATION_CACHE"  # read by JAX when it is imported
 _COUNT = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
 
 
@@ -39,7 +47,8 @@ def host_device_environment(
     Args:
         count: devices; None takes what `environ` already asks for in XLA_FLAGS.
         environ: what is set already (default: this process's environment). Its other XLA flags
-            are kept, and its own choice of the schedule or of PJRT_NPROC wins.
+            are kept, and its own choice of the schedule, of PJRT_NPROC or of the compilation
+            cache wins.
         cores: cores of the machine (default: those that this process may use).
 
     Returns:
@@ -69,10 +78,18 @@ def host_device_environment(
     if "xla_cpu_collective_call_terminate_timeout_seconds" not in flags:
         words.append(PATIENCE)
     wanted = {"XLA_FLAGS": " ".join(word for word in words if word)}
+    if CACHE not in environ:
+        wanted[CACHE] = "false"
     cores = len(os.sched_getaffinity(0)) if cores is None else cores
     if count > cores and not {"PJRT_NPROC", "NPROC"} & set(environ):
         wanted["PJRT_NPROC"] = str(THREADS_PER_DEVICE * count)
     return wanted
+
+
+def cache_is_wanted(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether the environment asks for the compilation cache even with several CPU devices."""
+    environ = os.environ if environ is None else environ
+    return environ.get(CACHE, "false").lower() not in ("false", "0", "no", "off", "n", "f", "")
 
 
 def without_accelerator() -> bool:

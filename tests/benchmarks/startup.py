@@ -3,7 +3,8 @@
     python tests/benchmarks/startup.py [--root data/byte] [--rounds 3]
 
 Each round starts the quickstart in a process of its own and waits for the first line of its
-metrics: imports, configuration, stream, state, evaluation at step 0, compilation, step.
+metrics: imports, configuration, stream, state, evaluation at step 0, compilation, step. One device:
+several CPU devices use no compilation cache (lcl/parallel/host_devices.py), so there both are cold.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", default="data/byte", help="stores of `lcl prepare`")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--devices", type=int, default=2, help="CPU devices")
+    parser.add_argument("--devices", type=int, default=1, help="CPU devices")
     arguments = parser.parse_args()
     seconds: dict[str, list[float]] = {"cold": [], "warm": []}
     with tempfile.TemporaryDirectory() as folder:

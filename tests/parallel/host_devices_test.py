@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from lcl.parallel.host_devices import FEWER_OPEN_COLLECTIVES, PATIENCE, host_device_environment
+from lcl.parallel.host_devices import (
+    CACHE,
+    FEWER_OPEN_COLLECTIVES,
+    PATIENCE,
+    cache_is_wanted,
+    host_device_environment,
+)
 
 
 def test_pretended_devices_get_a_larger_pool_and_real_cores_do_not():
@@ -44,3 +50,27 @@ def test_the_count_comes_from_the_flags_and_asking_twice_changes_nothing():
 def test_no_devices_is_refused():
     with pytest.raises(ValueError, match="0 CPU devices"):
         host_device_environment(0, {})
+
+
+def test_several_devices_read_no_stored_program():
+    assert host_device_environment(2, {})[CACHE] == "false"
+    assert CACHE not in host_device_environment(2, {CACHE: "true"})
+    assert cache_is_wanted({CACHE: "true"})
+    assert not cache_is_wanted({CACHE: "false"}) and not cache_is_wanted({})
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_command_stores_programs_of_one_device_only(run_python, tmp_path, devices):
+    code = """
+import os, pathlib
+import jax, jax.numpy as jnp
+from lcl.commands.shared import prepare_jax
+prepare_jax()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.jit(lambda x: jnp.sin(x) @ x.T)(jnp.ones((8, 8))).block_until_ready()
+stored = [path for path in pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).glob("*-cache")]
+print(jax.device_count(), len(stored) > 0)
+"""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    env = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "stored"), "XLA_FLAGS": flags}
+    assert run_python(code, env=env).split() == [str(devices), str(devices == 1)]

@@ -34,6 +34,10 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "lcl" / f"tests-
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+# For children with several devices, which compile afresh: a third less CPU time for a small model.
+# XLA's own passes and its partitioning are as ever; LLVM optimises less.
+QUICK_COMPILE = "--xla_backend_optimization_level=0"
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -89,7 +93,8 @@ def run_python(tmp_path: pathlib.Path):
     """Runs python code in a child process and returns its stdout; fails with its stderr.
 
     `run_python(code, devices=8)` gives the child eight CPU devices, which only works before its
-    first import of JAX: hence a process. `args` follow the code, `env` is added to ours.
+    first import of JAX: hence a process, compiled quickly rather than well. `args` follow the code,
+    `env` is added to ours.
     """
 
     from lcl.parallel import host_device_environment
@@ -103,6 +108,8 @@ def run_python(tmp_path: pathlib.Path):
     ) -> str:
         child = dict(os.environ)
         child["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), child.get("PYTHONPATH", "")])
+        if devices > 1:
+            child["XLA_FLAGS"] = f"{child.get('XLA_FLAGS', '')} {QUICK_COMPILE}".strip()
         child.update(host_device_environment(devices, child))
         child.update(env or {})
         done = subprocess.run(

@@ -176,9 +176,11 @@ def check(root, base: pathlib.Path, rows: int, domains, *, delay: float, timeout
     )
 
 
-def test_a_long_run_goes_on_on_another_context_mesh(tmp_path):
+def test_a_long_run_goes_on_on_another_context_mesh(tmp_path, monkeypatch):
     from lcl.data.testing import make_stores
+    from tests.conftest import QUICK_COMPILE
 
+    monkeypatch.setenv("XLA_FLAGS", QUICK_COMPILE)
     make_stores(tmp_path / "stores", {"alpha": 40, "beta": 40}, seed=3)
     print(check(tmp_path / "stores", tmp_path, 512, ["alpha", "beta"], delay=0.2, timeout=400))
 

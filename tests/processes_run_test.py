@@ -17,6 +17,7 @@ from lcl.parallel import host_device_environment
 from lcl.parallel.distributed import COORDINATOR, NUM_PROCESSES, PROCESS_ID
 from lcl.preemption import EXIT_PREEMPTED
 from tests import tiny
+from tests.conftest import QUICK_COMPILE
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 NUM_STEPS = 24
@@ -77,7 +78,8 @@ def lines(run_dir: pathlib.Path, name: str) -> list[dict]:
     return [json.loads(line) for line in (run_dir / f"{name}.jsonl").read_text().splitlines()]
 
 
-def test_two_processes_train_stop_together_and_go_on_as_one_process_does(tmp_path):
+def test_two_processes_train_stop_together_and_go_on_as_one_process_does(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", QUICK_COMPILE)
     root = tmp_path / "stores"
     tiny.stores(root)
     alone, together = tmp_path / "alone", tmp_path / "together"

@@ -22,6 +22,7 @@ from lcl import config_types, files
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 MAX_INCLUDE_LEVELS = 2
+COMMAND_LINE = "--gin."  # how the place of a binding begins that no file holds
 
 
 class ConfigError(ValueError):
@@ -142,7 +143,7 @@ def read_file(name: str, *, level: int = 0, via: str = "") -> Iterator[Statement
 def read_binding(binding: str) -> Iterator[Statement]:
     """The statement of a command line's `train.seed=1`."""
     key = binding.partition("=")[0].strip()
-    yield from _statements(binding + "\n", lambda line: f"--gin.{key}", 0)
+    yield from _statements(binding + "\n", lambda line: f"{COMMAND_LINE}{key}", 0)
 
 
 def _statements(text: str, where: Callable[[int], str], level: int) -> Iterator[Statement]:
@@ -311,6 +312,9 @@ class _Checker:
         """A binding that nothing can read is a misspelling or a misunderstanding."""
         scopes = {scope for _, r in self.references for scope in r.scopes}
         called = {r.name for _, r in self.references}
+        # A file may bind what a later one no longer refers to. The command line has the last word.
+        last = {s.key: s for s in self.statements}.values()
+        still_called = {r.name for s in last for r in _walk(s.value) if isinstance(r, Reference)}
         # Where a function is bound, the file is a whole: its objects must be reached from it.
         # Bindings of objects alone are for whoever loads them to call.
         whole = any(
@@ -323,7 +327,8 @@ class _Checker:
                     raise ConfigError(f"{s.where}: no reference uses the scope {scope!r}{hint}")
             takers = self._takers(s.selector)
             target = self.configurables[s.selector].target
-            if s.selector not in called and (takers or inspect.isclass(target)):
+            by_whom = still_called if s.where.startswith(COMMAND_LINE) else called
+            if s.selector not in by_whom and (takers or inspect.isclass(target)):
                 mend = f"; write {' or '.join(takers)} = @{s.selector}()" if takers else ""
                 raise ConfigError(
                     f"{s.where}: {s.key} has no effect, as nothing refers to @{s.selector}(){mend}"

@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -54,27 +55,35 @@ def _options(hint: Any) -> tuple[Any, ...]:
 def accepts_result(hint: Any, target: Callable[..., Any]) -> bool:
     """Whether a parameter with this hint is there for what `target()` returns, or a list of it.
 
-    A class is taken by its own type; a function only if it says that it returns a function.
+    A class is taken by its own type; a function only if it says that it returns a function, or an
+    object of a class that is not one of Python's own (numbers, texts, paths).
 
     Example:
         >>> accepts_result(typing.Sequence[int] | None, int), accepts_result(str, int)
         (True, False)
     """
-    made = target if inspect.isclass(target) else hints_of(target).get("return")
+    is_class = inspect.isclass(target)
+    made = target if is_class else hints_of(target).get("return")
     returns_function = typing.get_origin(made) is collections.abc.Callable
-    if not returns_function and not inspect.isclass(target):
+    if not (returns_function or is_class or (inspect.isclass(made) and not _is_pythons(made))):
         return False
+    # What a function makes may well be callable, and is still not what a Callable is there for.
+    too_wide = (object,) if is_class else (object, collections.abc.Callable)
     for option in _options(hint):
         origin = typing.get_origin(option) or option
         if returns_function:
             if origin is collections.abc.Callable:
                 return True
-        elif inspect.isclass(made) and inspect.isclass(origin) and origin is not object:
+        elif inspect.isclass(made) and inspect.isclass(origin) and origin not in too_wide:
             if not getattr(origin, "_is_protocol", False) and issubclass(made, origin):
                 return True
         if any(accepts_result(arg, target) for arg in typing.get_args(option) if arg is not hint):
             return True
     return False
+
+
+def _is_pythons(made: type) -> bool:
+    return made.__module__.partition(".")[0] in sys.stdlib_module_names
 
 
 def describe(hint: Any) -> str:

@@ -258,6 +258,19 @@ def test_mistake_in_a_file_names_file_and_line(folder):
     assert one_line(files=["worse.gin"]).startswith("worse.gin:3: not gin:")
 
 
+def test_a_command_line_cannot_bind_what_no_file_refers_to_any_more(folder):
+    """A file's line about an object that a later file replaced is harmless; a user's is lost."""
+    (folder / "late.gin").write_text(
+        "tea_party.timer = @tea_timer()\ntea_timer.minutes = 3\n" + PARTY
+    )
+    (folder / "untimed.gin").write_text("tea_party.timer = None\n")
+    assert "timer" in config.load(["late.gin"], ["tea_timer.minutes=4"]).kwargs("tea_party")
+    files = ["late.gin", "untimed.gin"]
+    assert config.load(files).kwargs("tea_party")["timer"] is None
+    words = one_line(["tea_timer.minutes=4"], files)
+    assert words.startswith("--gin.tea_timer.minutes: tea_timer.minutes has no effect, as nothing")
+
+
 def test_misspelt_file_names_the_nearest(folder):
     assert one_line(files=["prty.gin"]) == "no config file 'prty.gin'; did you mean 'party.gin'?"
     (folder / "bad.gin").write_text('include "partie.gin"\n')

@@ -68,6 +68,12 @@ def test_a_run_goes_on_from_its_own_configuration(run_dir, capsys):
     assert "after beta" in capsys.readouterr().out
 
 
+def test_a_run_made_from_python_says_so(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").touch()
+    assert main(["evaluate", str(tmp_path)]) == 2
+    assert "was run from Python and holds no config.gin: call lcl.train" in capsys.readouterr().err
+
+
 MISTAKES = {
     "a misspelt binding": (["train", "--gin_file=tests/tiny.gin", "--gin.train.sed=1"], "seed"),
     "a misspelt object": (["train", "--gin_file=tests/tiny.gin", "--gin.Stag.steps=1"], "Stage"),
@@ -75,6 +81,13 @@ MISTAKES = {
     "a value of the wrong type": (
         ["train", "--gin_file=tests/tiny.gin", "--gin.Stage.steps='ten'"],
         "steps",
+    ),
+    "a schedule that another replaced": (
+        [
+            *("train", "--gin_file=tests/tiny.gin", "--gin_file=configs/methods/cosine.gin"),
+            "--gin.infinite.peak=1e-3",
+        ],
+        "infinite.peak has no effect, as nothing refers to @infinite(); write AdamW.schedule = ",
     ),
     "no configuration": (["train", "--run_dir=nowhere"], "--gin_file"),
     "no store": (
@@ -87,6 +100,9 @@ MISTAKES = {
     "a folder without a name": (["prepare", "--folder=here"], "NAME=PATH"),
     "no run": (["info", "nowhere"], "nowhere"),
     "no run to evaluate": (["evaluate", "nowhere"], "nowhere"),
+    "no run to branch": (["train", "--run_dir=nowhere", "--branch-at=4"], "nowhere holds no run"),
+    "no run to score": (["score", "nowhere", "--domain=alpha"], "nowhere holds no run"),
+    "no run's data": (["data", "report", "nowhere"], "nowhere holds no run"),
     "no run to report": (["report", "nowhere"], "nowhere"),
 }
 

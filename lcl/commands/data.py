@@ -7,7 +7,7 @@ import os
 import pathlib
 from typing import Any
 
-from lcl.commands.shared import CONFIG_FILE, AddCommand, pairs
+from lcl.commands.shared import AddCommand, config_of_run, pairs
 
 
 def add(command: AddCommand) -> None:
@@ -164,11 +164,9 @@ def _read_run_data(arguments: argparse.Namespace) -> tuple[Any, str]:
 
     files, name, out = arguments.gin_files, "data", "data_report"
     if arguments.run_dir:
-        own = pathlib.Path(arguments.run_dir) / CONFIG_FILE
-        if not own.exists():
-            raise ValueError(f"{arguments.run_dir} holds no run ({CONFIG_FILE} is missing)")
-        files, name = [str(own), *files], own.parent.resolve().name
-        out = str(own.parent / "report" / "data")
+        own = config_of_run(arguments.run_dir)
+        files, name = [own, *files], pathlib.Path(own).parent.resolve().name
+        out = os.path.join(os.path.dirname(own), "report", "data")
     elif files:
         name = pathlib.Path(files[0]).stem
     else:

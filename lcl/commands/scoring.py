@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lcl import files
-from lcl.commands.shared import CONFIG_FILE, AddCommand, prepare_jax
+from lcl.commands.shared import AddCommand, config_of_run, prepare_jax
 
 
 def add(command: AddCommand) -> None:
@@ -25,10 +24,8 @@ def _score(arguments: argparse.Namespace) -> int:
 
     if not arguments.domain:
         raise ValueError("nothing to score: give --domain NAME, once or more")
-    own = files.place(arguments.run_dir) / CONFIG_FILE
-    if not own.exists():
-        raise ValueError(f"{arguments.run_dir} holds no run ({CONFIG_FILE} is missing)")
-    settings = config.load([str(own), *arguments.gin_files], arguments.bindings)
+    own = config_of_run(arguments.run_dir)
+    settings = config.load([own, *arguments.gin_files], arguments.bindings)
     kwargs = settings.kwargs("train", run_dir=arguments.run_dir)
     prepare_jax()
     import numpy as np

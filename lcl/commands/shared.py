@@ -6,6 +6,8 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 
+from lcl import files
+
 # The whole configuration of a run as gin text, in its directory.
 CONFIG_FILE = "config.gin"
 # (name, function, one line of help) -> the parser to which the command's own words are added.
@@ -29,6 +31,23 @@ def prepare_jax() -> None:
     initialize_distributed()
     if jax.default_backend() == "cpu" and jax.device_count() > 1 and not cache_is_wanted():
         jax.config.update("jax_enable_compilation_cache", False)
+
+
+def config_of_run(run_dir: str) -> str:
+    """The path of the configuration that lies in a run's directory.
+
+    Raises:
+        ValueError: there is no run, or one that was made from Python and has no gin text.
+    """
+    own = files.place(run_dir) / CONFIG_FILE
+    if own.exists():
+        return str(own)
+    if (own.parent / "metrics.jsonl").exists():
+        raise ValueError(
+            f"{run_dir} was run from Python and holds no {CONFIG_FILE}: call lcl.train, "
+            "lcl.branches or lcl.scoring with the arguments it was made with"
+        )
+    raise ValueError(f"{run_dir} holds no run ({CONFIG_FILE} is missing)")
 
 
 def pairs(option: str, values: Sequence[str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lcl import files
-from lcl.commands.shared import CONFIG_FILE, AddCommand, prepare_jax
+from lcl.commands.shared import CONFIG_FILE, AddCommand, config_of_run, prepare_jax
 
 
 def add(command: AddCommand) -> None:
@@ -126,10 +126,8 @@ def _own_settings(arguments: argparse.Namespace) -> Any:
     """The configuration that lies in a run's directory, with what the command lays over it."""
     from lcl import config
 
-    own = files.place(arguments.run_dir) / CONFIG_FILE
-    if not own.exists():
-        raise ValueError(f"{arguments.run_dir} holds no run ({CONFIG_FILE} is missing)")
-    return config.load([str(own), *arguments.gin_files], arguments.bindings)
+    own = config_of_run(arguments.run_dir)
+    return config.load([own, *arguments.gin_files], arguments.bindings)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

@@ -1,7 +1,8 @@
 """Gradient alignment on the page: do the new and the replayed tokens of a run pull the same way?
 
 Read from the lines of metrics.jsonl that hold "gradient_cosine" and "gradient_cosine/layer_NN",
-which `lcl.analysis.GradientAlignment` writes (and A-GEM the first of them).
+which `lcl.analysis.GradientAlignment` writes (and A-GEM the first of them, beside
+"gradient_projected": 1 where it changed the gradient).
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def alignment_section(run: Run, folder: Path, prefix: str = "") -> list[str]:
     caption = (
         "Cosine between the gradients of the new and of the replayed tokens of one batch, before "
         "the update: 1 = one step serves both; below 0 = they work against each other. "
-        f"{often} Steps without replayed tokens have none."
+        f"{often} Steps without replayed tokens have none.{_projected(run)}"
     )
     rows = [
         (name, [f"{int(s[-1]):,}", *(f"{x:+.3f}" for x in (v[-1], v.mean(), v.min()))])
@@ -112,6 +113,14 @@ def alignment_section(run: Run, folder: Path, prefix: str = "") -> list[str]:
             f"{page.table(title, head, rows[1:])}</details>",
         ]
     return [*parts, page.table(title, head, rows)]
+
+
+def _projected(run: Run) -> str:
+    """A sentence on how often A-GEM turned the gradient; nothing for a run without it."""
+    _, changed = run.series("gradient_projected")
+    if not len(changed):
+        return ""
+    return f" A-GEM changed the gradient at {changed.mean():.0%} of the {len(changed):,} logged."
 
 
 def _often(steps: np.ndarray) -> str:

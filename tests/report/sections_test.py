@@ -234,7 +234,8 @@ def test_alignment_whole_and_by_layer(full, page):
     assert steps.tolist() == list(range(32, 90, 4))  # the first stage replays nothing
     row = ["whole", "88", f"{values[-1]:+.3f}", f"{values.mean():+.3f}", f"{values.min():+.3f}"]
     assert row in cells(page.read_text())
-    assert "Looked at every 4 steps" in Page(page.read_text()).text
+    text = Page(page.read_text()).text
+    assert "Looked at every 4 steps" in text and "A-GEM" not in text
 
 
 @pytest.mark.parametrize("layers", [1, 40])
@@ -251,6 +252,17 @@ def test_alignment_of_one_look_and_of_many_layers(tmp_path, layers):
     assert sorted(n for n in names if n.startswith("layer")) == ends and "whole" in names
     text = Page(build_report(tmp_path).read_text()).text
     assert ("By layer (40)" in text) == (layers == 40) and "Looked at once" in text
+
+
+def test_the_page_says_how_often_a_gem_changed_the_gradient(tmp_path):
+    cosines_of, line = (0.5, -0.5, -0.1, 0.2, None), {"stage": "a", "loss": 2.0}
+    with open(tmp_path / "metrics.jsonl", "w") as file:
+        for step, cosine in enumerate(cosines_of):
+            projected = None if cosine is None else float(cosine < 0)
+            found = {"gradient_cosine": cosine, "gradient_projected": projected}
+            file.write(json.dumps(line | {"step": step} | found) + "\n")
+    text = Page(build_report(tmp_path).read_text()).text
+    assert "A-GEM changed the gradient at 50% of the 4 logged." in text
 
 
 def test_samples_are_folded_and_escaped(full, page):

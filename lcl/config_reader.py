@@ -22,7 +22,6 @@ from lcl import config_types, files
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 MAX_INCLUDE_LEVELS = 2
-COMMAND_LINE = "--gin."  # how the place of a binding begins that no file holds
 
 
 class ConfigError(ValueError):
@@ -143,7 +142,7 @@ def read_file(name: str, *, level: int = 0, via: str = "") -> Iterator[Statement
 def read_binding(binding: str) -> Iterator[Statement]:
     """The statement of a command line's `train.seed=1`."""
     key = binding.partition("=")[0].strip()
-    yield from _statements(binding + "\n", lambda line: f"{COMMAND_LINE}{key}", 0)
+    yield from _statements(binding + "\n", lambda line: f"--gin.{key}", 0)
 
 
 def _statements(text: str, where: Callable[[int], str], level: int) -> Iterator[Statement]:
@@ -311,28 +310,43 @@ class _Checker:
     def _effects(self) -> None:
         """A binding that nothing can read is a misspelling or a misunderstanding."""
         scopes = {scope for _, r in self.references for scope in r.scopes}
-        called = {r.name for _, r in self.references}
-        # A file may bind what a later one no longer refers to. The command line has the last word.
-        last = {s.key: s for s in self.statements}.values()
-        still_called = {r.name for s in last for r in _walk(s.value) if isinstance(r, Reference)}
+        referred_until = self._referred_until()
         # Where a function is bound, the file is a whole: its objects must be reached from it.
         # Bindings of objects alone are for whoever loads them to call.
         whole = any(
             not inspect.isclass(self.configurables[s.selector].target) for s in self.bindings
         )
-        for s in self.bindings if whole else ():
+        for number, s in enumerate(self.statements) if whole else ():
+            if not s.parameter:
+                continue
             for scope in filter(None, s.scope.split("/")):
                 if scope not in scopes:
                     hint = nearest(scope, scopes) or f": write @{scope}/{s.selector}()"
                     raise ConfigError(f"{s.where}: no reference uses the scope {scope!r}{hint}")
             takers = self._takers(s.selector)
             target = self.configurables[s.selector].target
-            by_whom = still_called if s.where.startswith(COMMAND_LINE) else called
-            if s.selector not in by_whom and (takers or inspect.isclass(target)):
+            lost = number >= referred_until.get(s.selector, 0)
+            if lost and (takers or inspect.isclass(target)):
                 mend = f"; write {' or '.join(takers)} = @{s.selector}()" if takers else ""
                 raise ConfigError(
                     f"{s.where}: {s.key} has no effect, as nothing refers to @{s.selector}(){mend}"
                 )
+
+    def _referred_until(self) -> dict[str, int]:
+        """{name: the statement before which the last reference to it is replaced}.
+
+        What was bound before that is an earlier file's, and harmless: another one took its object
+        away. What is bound after it is lost.
+        """
+        replaced: dict[str, int] = {}
+        until: dict[str, int] = {}
+        for number, s in reversed(list(enumerate(self.statements))):
+            end = replaced.get(s.key, len(self.statements))
+            for found in _walk(s.value):
+                if isinstance(found, Reference):
+                    until[found.name] = max(end, until.get(found.name, 0))
+            replaced[s.key] = number
+        return until
 
     def _takers(self, name: str) -> list[str]:
         """The parameters that could be given `@name()`; none for what is called from outside."""

@@ -258,8 +258,8 @@ def test_mistake_in_a_file_names_file_and_line(folder):
     assert one_line(files=["worse.gin"]).startswith("worse.gin:3: not gin:")
 
 
-def test_a_command_line_cannot_bind_what_no_file_refers_to_any_more(folder):
-    """A file's line about an object that a later file replaced is harmless; a user's is lost."""
+def test_what_is_bound_after_its_object_was_taken_away_is_lost(folder):
+    """A line about an object that a later file replaced is harmless; one after that is lost."""
     (folder / "late.gin").write_text(
         "tea_party.timer = @tea_timer()\ntea_timer.minutes = 3\n" + PARTY
     )
@@ -269,6 +269,10 @@ def test_a_command_line_cannot_bind_what_no_file_refers_to_any_more(folder):
     assert config.load(files).kwargs("tea_party")["timer"] is None
     words = one_line(["tea_timer.minutes=4"], files)
     assert words.startswith("--gin.tea_timer.minutes: tea_timer.minutes has no effect, as nothing")
+    (folder / "later.gin").write_text("tea_timer.minutes = 5\n")
+    assert one_line(files=[*files, "later.gin"]).startswith("later.gin:1: tea_timer.minutes has no")
+    back = config.load([*files, "later.gin"], ["tea_party.timer=@tea_timer()"])
+    assert back.kwargs("tea_party")["timer"](0) == 300
 
 
 def test_misspelt_file_names_the_nearest(folder):

@@ -89,7 +89,7 @@ def host_device_environment(
 def cache_is_wanted(environ: Mapping[str, str] | None = None) -> bool:
     """Whether the environment asks for the compilation cache even with several CPU devices."""
     environ = os.environ if environ is None else environ
-    return environ.get(CACHE, "false").lower() not in ("false", "0", "no", "off", "n", "f", "")
+    return environ.get(CACHE, "false").lower() in ("true", "1", "yes", "on", "y", "t")
 
 
 def without_accelerator() -> bool:
